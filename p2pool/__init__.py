@@ -1,0 +1,1 @@
+"""The node: a process that mines, accounts and pays over a sharechain."""
