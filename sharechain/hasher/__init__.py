@@ -1,0 +1,57 @@
+"""Proof of work and payout draws: the parts of the sharechain that must be fast.
+
+This package picks the native extension `sharechain._native` (the crate in `rust/`), or, where that was not built, the
+Python twin in `twin.py`. Both have the same interface and give the same values; the twin's docstrings document it.
+`IMPLEMENTATION` says which one was picked, "rust" or "python".
+
+All hashes are 32 bytes in internal order, read as little-endian numbers. Targets are ints in 0..2^256 - 1.
+
+- `sha256d`, `meets_target`, `check_headers`, `fold_merkle`: hashes and proof of work.
+- `scan_nonces` with `StopFlag` and `ScanResult`: the CPU miner's loop.
+- `WeightTable` with `Draw`: the weights of the PPLNS window and the payouts drawn from them.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sharechain._native import (
+        IMPLEMENTATION,
+        Draw,
+        ScanResult,
+        StopFlag,
+        WeightTable,
+        check_headers,
+        fold_merkle,
+        meets_target,
+        scan_nonces,
+        sha256d,
+    )
+else:
+    try:
+        from sharechain import _native as _picked
+    except ImportError:
+        from sharechain.hasher import twin as _picked
+
+    IMPLEMENTATION = _picked.IMPLEMENTATION
+    Draw = _picked.Draw
+    ScanResult = _picked.ScanResult
+    StopFlag = _picked.StopFlag
+    WeightTable = _picked.WeightTable
+    check_headers = _picked.check_headers
+    fold_merkle = _picked.fold_merkle
+    meets_target = _picked.meets_target
+    scan_nonces = _picked.scan_nonces
+    sha256d = _picked.sha256d
+
+__all__ = [
+    "IMPLEMENTATION",
+    "Draw",
+    "ScanResult",
+    "StopFlag",
+    "WeightTable",
+    "check_headers",
+    "fold_merkle",
+    "meets_target",
+    "scan_nonces",
+    "sha256d",
+]
