@@ -1,0 +1,266 @@
+"""Where a block template, the sharechain's tip and a miner meet: jobs, and what comes back for them.
+
+A *job* is all but the extranonces, the time, the nonce and the rolled version bits of a block. A *candidate* is
+a job with those filled in by a miner: a header with a hash. A candidate that meets the share target becomes a
+share, by the same functions that every peer checks it with.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Final
+
+from p2pool.bitcoin_backend.template import BlockTemplate, assemble_block
+from p2pool.errors import StratumError
+from sharechain.chain import Sharechain
+from sharechain.coinbase import COINBASE_TAG, coinbase_head, coinbase_tail, fold_coinbase
+from sharechain.difficulty import bits_to_target, target_to_bits
+from sharechain.entry import ChainEntry
+from sharechain.hasher import sha256d
+from sharechain.share import Share, ShareData, bip34_push, pack_header, share_commitment
+from sharechain.validate import block_target, derive_data, easiest_target, median_time, next_max_bits
+
+__all__ = ["EXTRANONCE_SIZE", "VERSION_MASK", "Candidate", "Job", "JobBook", "Work", "build_job", "next_work"]
+
+#: Bytes. Extranonce1 (4) and extranonce2 (8) together.
+EXTRANONCE_SIZE: Final = 12
+#: Version bits that miners may roll (BIP320). They are 0 in every job: whether firmware replaces, ORs or XORs
+#: the bits that it rolled, the result is the same.
+VERSION_MASK: Final = 0x1FFFE000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What all jobs of one moment have in common."""
+
+    template: BlockTemplate
+    #: The sharechain's tip; None if there is no share yet.
+    parent: ChainEntry | None
+    uncles: tuple[ChainEntry, ...]
+    max_bits: int
+    #: Unix seconds: the header time that jobs start from, after everything that it must be after.
+    time: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One job, the same for every session of a payout script, class and share difficulty."""
+
+    job_id: str
+    work: Work
+    data: ShareData
+    #: The coinbase before and behind the extranonces.
+    coinb1: bytes
+    coinb2: bytes
+    #: The coinbase script before the extranonces.
+    script_head: bytes
+    version: int
+    share_target: int
+    block_target: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A header that a miner hashed, with all that makes it a share or a block."""
+
+    job: Job
+    header: bytes
+    hash: bytes
+    coinbase: bytes
+    coinbase_script: bytes
+
+    @property
+    def hash_value(self) -> int:
+        """The hash as the number that is compared with targets."""
+        return int.from_bytes(self.hash, "little")
+
+    @property
+    def is_share(self) -> bool:
+        """Whether the hash meets the share target."""
+        return self.hash_value <= self.job.share_target
+
+    @property
+    def is_block(self) -> bool:
+        """Whether the hash meets the block target."""
+        return self.hash_value <= self.job.block_target
+
+    def share(self) -> Share:
+        """The share that every peer will see."""
+        template = self.job.work.template
+        return Share(
+            header=self.header,
+            coinbase_script=self.coinbase_script,
+            coinbase_value=template.coinbase_value,
+            witness_commitment=template.witness_commitment,
+            merkle_branch=template.merkle_branch,
+            data=self.job.data,
+        )
+
+    def block(self) -> bytes:
+        """The whole block, as Bitcoin takes it."""
+        return assemble_block(self.header, self.coinbase, self.job.work.template)
+
+
+def next_work(chain: Sharechain, template: BlockTemplate, now: float) -> Work:
+    """The work on a template and the chain's tip.
+
+    Args:
+        chain: the sharechain.
+        template: from the Bitcoin node.
+        now: Unix seconds.
+    """
+    parent = chain.tip
+    least = template.min_time if parent is None else max(template.min_time, median_time(parent) + 1)
+    return Work(
+        template=template,
+        parent=parent,
+        uncles=chain.uncle_candidates(parent),
+        max_bits=next_max_bits(chain.params, parent),
+        time=max(least, int(now)),
+    )
+
+
+def build_job(
+    chain: Sharechain,
+    work: Work,
+    *,
+    job_id: str,
+    payout_script: bytes,
+    payout_class: int,
+    share_target: int | None = None,
+) -> Job:
+    """A job for a payout script.
+
+    Args:
+        chain: the sharechain that ``work`` was made from.
+        work: what all jobs of this moment share.
+        job_id: what the miner calls it by.
+        payout_script: scriptPubKey to be credited.
+        payout_class: one of the network's.
+        share_target: a harder share target than the chain asks for, if the miner wants one.
+    """
+    params, template = chain.params, work.template
+    target = easiest_target(params, work.parent, work.max_bits, work.time)
+    bits = target_to_bits(target if share_target is None else min(target, share_target))
+    data = derive_data(
+        params,
+        parent=work.parent,
+        uncles=work.uncles,
+        bits=bits,
+        payout_script=payout_script,
+        payout_class=payout_class,
+    )
+    payouts = chain.payouts(
+        work.parent,
+        value=template.coinbase_value,
+        payout_class=payout_class,
+        max_bits=data.max_bits,
+        block_bits=template.bits,
+    )
+    script_head = bip34_push(template.height) + COINBASE_TAG
+    commitment = share_commitment(params.network_id, data)
+    return Job(
+        job_id=job_id,
+        work=work,
+        data=data,
+        coinb1=coinbase_head(len(script_head) + EXTRANONCE_SIZE) + script_head,
+        coinb2=coinbase_tail(payouts, payout_script, template.witness_commitment, commitment),
+        script_head=script_head,
+        version=template.version & ~VERSION_MASK,
+        share_target=bits_to_target(bits),
+        block_target=block_target(params, data.max_bits, template.bits),
+    )
+
+
+class JobBook:
+    """The jobs that miners may still answer.
+
+    Mutable fields: ``_jobs`` (by id, oldest first, bounded) and ``_current`` (the jobs of the newest work, by
+    payout script, class and share target) with ``_work``, the newest work; ``_next_id``.
+    """
+
+    def __init__(self, chain: Sharechain, *, first_id: int, capacity: int = 1_000) -> None:
+        """An empty book.
+
+        Args:
+            chain: the sharechain to make jobs on.
+            first_id: 0 to 2^32 - 1; other than at the last start, so that an answer to a job of then is unknown.
+            capacity: jobs that are kept.
+        """
+        self._chain = chain
+        self._capacity = capacity
+        self._next_id = first_id
+        self._work: Work | None = None
+        self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._current: dict[tuple[bytes, int, int | None], Job] = {}
+
+    @property
+    def work(self) -> Work | None:
+        """The newest work."""
+        return self._work
+
+    def renew(self, work: Work) -> None:
+        """From now on give jobs on ``work``; older ones may still be answered."""
+        self._work = work
+        self._current.clear()
+
+    def job_for(self, payout_script: bytes, payout_class: int, share_target: int | None = None) -> Job | None:
+        """The current job for a payout script, or None while there is no work. Arguments as of ``build_job``."""
+        if self._work is None:
+            return None
+        key = (payout_script, payout_class, share_target)
+        job = self._current.get(key)
+        if job is None:
+            job = build_job(
+                self._chain,
+                self._work,
+                job_id=f"{self._next_id & 0xFFFFFFFF:x}",
+                payout_script=payout_script,
+                payout_class=payout_class,
+                share_target=share_target,
+            )
+            self._next_id += 1
+            self._current[key] = self._jobs[job.job_id] = job
+            while len(self._jobs) > max(self._capacity, 2 * len(self._current)):
+                self._jobs.popitem(last=False)
+        return job
+
+    def candidate(
+        self, job_id: str, *, extranonce: bytes, time: int, nonce: int, version_bits: int | None
+    ) -> Candidate:
+        """What a miner hashed.
+
+        Args:
+            job_id: of a job in this book.
+            extranonce: both extranonces, 12 bytes.
+            time, nonce: of the header.
+            version_bits: what the miner rolled, inside its mask; None if nothing.
+
+        Raises:
+            StratumError: 21 for an unknown job, 20 for values that fit no header.
+        """
+        job = self._jobs.get(job_id)
+        if job is None:
+            raise StratumError(21, f"job {job_id} not found")
+        if len(extranonce) != EXTRANONCE_SIZE:
+            raise StratumError(20, f"extranonces have {EXTRANONCE_SIZE} bytes together, got {len(extranonce)}")
+        if version_bits is not None and version_bits & ~VERSION_MASK:
+            raise StratumError(20, f"version bits {version_bits:08x} are outside the mask {VERSION_MASK:08x}")
+        template = job.work.template
+        coinbase = job.coinb1 + extranonce + job.coinb2
+        header = pack_header(
+            version=job.version | (version_bits or 0),
+            previous_block_hash=template.previous_block_hash,
+            merkle_root=fold_coinbase(coinbase, template.merkle_branch),
+            time=time,
+            bits=template.bits,
+            nonce=nonce,
+        )
+        return Candidate(
+            job=job,
+            header=header,
+            hash=sha256d(header),
+            coinbase=coinbase,
+            coinbase_script=job.script_head + extranonce,
+        )
