@@ -18,16 +18,14 @@ from sharechain.coinbase import COINBASE_TAG, coinbase_head, coinbase_tail, fold
 from sharechain.difficulty import bits_to_target, target_to_bits
 from sharechain.entry import ChainEntry
 from sharechain.hasher import sha256d
+from sharechain.payout import Payouts
 from sharechain.share import Share, ShareData, bip34_push, pack_header, share_commitment
 from sharechain.validate import block_target, derive_data, easiest_target, median_time, next_max_bits
 
-__all__ = ["EXTRANONCE_SIZE", "VERSION_MASK", "Candidate", "Job", "JobBook", "Work", "build_job", "next_work"]
+__all__ = ["EXTRANONCE_SIZE", "Candidate", "Job", "JobBook", "Work", "build_job", "next_work"]
 
 #: Bytes. Extranonce1 (4) and extranonce2 (8) together.
 EXTRANONCE_SIZE: Final = 12
-#: Version bits that miners may roll (BIP320). They are 0 in every job: whether firmware replaces, ORs or XORs
-#: the bits that it rolled, the result is the same.
-VERSION_MASK: Final = 0x1FFFE000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +37,8 @@ class Work:
     parent: ChainEntry | None
     uncles: tuple[ChainEntry, ...]
     max_bits: int
+    #: The easiest share target that jobs may have (R8).
+    share_target: int
     #: Unix seconds: the header time that jobs start from, after everything that it must be after.
     time: int
 
@@ -50,12 +50,12 @@ class Job:
     job_id: str
     work: Work
     data: ShareData
+    payouts: Payouts
     #: The coinbase before and behind the extranonces.
     coinb1: bytes
     coinb2: bytes
     #: The coinbase script before the extranonces.
     script_head: bytes
-    version: int
     share_target: int
     block_target: int
 
@@ -112,12 +112,15 @@ def next_work(chain: Sharechain, template: BlockTemplate, now: float) -> Work:
     """
     parent = chain.tip
     least = template.min_time if parent is None else max(template.min_time, median_time(parent) + 1)
+    time = max(least, int(now))
+    max_bits = next_max_bits(chain.params, parent)
     return Work(
         template=template,
         parent=parent,
         uncles=chain.uncle_candidates(parent),
-        max_bits=next_max_bits(chain.params, parent),
-        time=max(least, int(now)),
+        max_bits=max_bits,
+        share_target=easiest_target(chain.params, parent, max_bits, time),
+        time=time,
     )
 
 
@@ -141,8 +144,8 @@ def build_job(
         share_target: a harder share target than the chain asks for, if the miner wants one.
     """
     params, template = chain.params, work.template
-    target = easiest_target(params, work.parent, work.max_bits, work.time)
-    bits = target_to_bits(target if share_target is None else min(target, share_target))
+    easiest = work.share_target
+    bits = target_to_bits(easiest if share_target is None else min(easiest, share_target))
     data = derive_data(
         params,
         parent=work.parent,
@@ -164,10 +167,10 @@ def build_job(
         job_id=job_id,
         work=work,
         data=data,
+        payouts=payouts,
         coinb1=coinbase_head(len(script_head) + EXTRANONCE_SIZE) + script_head,
         coinb2=coinbase_tail(payouts, payout_script, template.witness_commitment, commitment),
         script_head=script_head,
-        version=template.version & ~VERSION_MASK,
         share_target=bits_to_target(bits),
         block_target=block_target(params, data.max_bits, template.bits),
     )
@@ -226,31 +229,34 @@ class JobBook:
                 self._jobs.popitem(last=False)
         return job
 
-    def candidate(
-        self, job_id: str, *, extranonce: bytes, time: int, nonce: int, version_bits: int | None
-    ) -> Candidate:
-        """What a miner hashed.
-
-        Args:
-            job_id: of a job in this book.
-            extranonce: both extranonces, 12 bytes.
-            time, nonce: of the header.
-            version_bits: what the miner rolled, inside its mask; None if nothing.
+    def job(self, job_id: str) -> Job:
+        """A job that was given.
 
         Raises:
-            StratumError: 21 for an unknown job, 20 for values that fit no header.
+            StratumError: 21 for an unknown one.
         """
         job = self._jobs.get(job_id)
         if job is None:
             raise StratumError(21, f"job {job_id} not found")
+        return job
+
+    def candidate(self, job: Job, *, extranonce: bytes, version: int, time: int, nonce: int) -> Candidate:
+        """What a miner hashed.
+
+        Args:
+            job: the job that it answers.
+            extranonce: both extranonces, 12 bytes.
+            version, time, nonce: of the header.
+
+        Raises:
+            StratumError: 20 for values that fit no header.
+        """
         if len(extranonce) != EXTRANONCE_SIZE:
             raise StratumError(20, f"extranonces have {EXTRANONCE_SIZE} bytes together, got {len(extranonce)}")
-        if version_bits is not None and version_bits & ~VERSION_MASK:
-            raise StratumError(20, f"version bits {version_bits:08x} are outside the mask {VERSION_MASK:08x}")
         template = job.work.template
         coinbase = job.coinb1 + extranonce + job.coinb2
         header = pack_header(
-            version=job.version | (version_bits or 0),
+            version=version,
             previous_block_hash=template.previous_block_hash,
             merkle_root=fold_coinbase(coinbase, template.merkle_branch),
             time=time,

@@ -170,6 +170,11 @@ class Sharechain:
         """The lowest height that history holds."""
         return self._base_height
 
+    @property
+    def checkable_height(self) -> int:
+        """The lowest height of a parent whose children can be checked: no window or median of theirs reaches the base."""
+        return self._base_height + self.params.window_max_shares + MEDIAN_SPAN + self.params.uncle_depth
+
     def __contains__(self, share_hash: bytes) -> bool:
         return share_hash in self._entries
 
@@ -391,7 +396,7 @@ class Sharechain:
                 return Buried(base_height=self._base_height)
             wanted = (data.parent, *data.uncles) if data.parent != NULL_HASH else data.uncles
             return Orphaned(missing=tuple(h for h in wanted if h not in self._entries))
-        if self._base_height and (parent is None or parent.height < self._checkable_height()):
+        if self._base_height and (parent is None or parent.height < self.checkable_height):
             return Buried(base_height=self._base_height)
         check_in_chain(self.params, share, parent, uncles)
         facts = self._facts.get(share.previous_block_hash)
@@ -407,10 +412,6 @@ class Sharechain:
         )
         check_coinbase(self.params, share, payouts)
         return self._link(share, parent, uncles)
-
-    def _checkable_height(self) -> int:
-        # Of a parent below this, the window or the median might reach below the base.
-        return self._base_height + self.params.window_max_shares + MEDIAN_SPAN + self.params.uncle_depth
 
     def _link(self, share: Share, parent: ChainEntry | None, uncles: tuple[ChainEntry, ...]) -> ChainEntry:
         script = self._scripts.setdefault(share.data.payout_script, share.data.payout_script)

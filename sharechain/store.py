@@ -163,6 +163,10 @@ class Store:
         batch.put(b"s" + share_hash, _encode(record))
         self._commit(batch)
 
+    def sync(self) -> None:
+        """Wait until everything written so far is on the disk."""
+        self._commit(self._database.write_batch(transaction=False, sync=True))
+
     def share(self, share_hash: bytes) -> StoredShare | None:
         """One share, or None.
 

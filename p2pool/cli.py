@@ -1,0 +1,411 @@
+"""The command line. Each command reads its options, calls one function, and prints what it returns.
+
+Heavy imports stand inside the commands, so that ``p2pool --help`` and the reading commands start at once.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from p2pool.config import OPTIONS, Config, load_config
+from p2pool.errors import P2PoolError
+from sharechain import __version__
+from sharechain.errors import SharechainError
+
+if TYPE_CHECKING:
+    from sharechain.chain import Sharechain
+    from sharechain.params import Params
+    from sharechain.store import Store
+
+__all__ = ["main"]
+
+#: Shell convention: ended by SIGINT.
+_EXIT_INTERRUPTED: Final = 130
+
+
+def main() -> None:
+    """Entry point of ``p2pool``: errors that we foresee become one line and exit code 1."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(_EXIT_INTERRUPTED)
+    except (P2PoolError, SharechainError) as error:
+        click.echo(f"p2pool: error: {error}", err=True)
+        sys.exit(1)
+    except BrokenPipeError:  # `p2pool export | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def _print_version(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if not value or context.resilient_parsing:
+        return
+    from sharechain import hasher
+
+    click.echo(f"p2pool {__version__} (hasher: {hasher.IMPLEMENTATION}, Python {sys.version.split()[0]})")
+    context.exit()
+
+
+def _config_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The flags of some of ``OPTIONS``, and ``--config``."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed([option for option in OPTIONS if option.name in names]):
+            text = option.help if option.default is None else f"{option.help} [default: {option.default}]"
+            command = click.option(option.flag, option.name, metavar=option.metavar, help=text)(command)
+        return click.option(
+            "--config",
+            "config_file",
+            type=click.Path(path_type=Path),
+            envvar="P2POOL_CONFIG",
+            help="TOML file with options, underscores for dashes. Flags and P2POOL_... variables win over it.",
+        )(command)
+
+    return decorate
+
+
+def _load(config_file: Path | None, flags: Mapping[str, object]) -> Config:
+    return load_config(flags, os.environ, config_file)
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_print_version,
+    help="Show the version and which hasher is in use.",
+)
+def cli() -> None:
+    """A Bitcoin mining pool without an operator: nodes share a chain of low-difficulty blocks, and every coinbase pays
+    the miners of its window directly."""
+
+
+@cli.command()
+@_config_options("network", "data_dir", "address", "stratum_host", "stratum_port", "vardiff_interval", "log_level")
+def run(config_file: Path | None, **flags: str | None) -> None:
+    """Run a node: serve miners, keep the sharechain, build and submit blocks.
+
+    On regtest the Bitcoin node is embedded, and kept in the data directory; other networks need a Bitcoin node over
+    RPC, which this version does not speak yet.
+    """
+    config = _load(config_file, flags)
+    _log_to_terminal(config.log_level)
+    from p2pool.service import run_node
+
+    run_node(config)
+
+
+@cli.command()
+@click.argument("pool", metavar="HOST:PORT")
+@click.option("--user", required=True, metavar="ADDRESS[.WORKER]", help="Bitcoin address to be paid.")
+@click.option("--password", default="x", show_default=True)
+@click.option("--threads", default=1, show_default=True, type=click.IntRange(1, 1024))
+@click.option("--seconds", type=float, help="Stop after so long. [default: when interrupted]")
+@_json_option
+def mine(pool: str, user: str, password: str, threads: int, seconds: float | None, as_json: bool) -> None:
+    """Mine with the CPU, as an ordinary Stratum client: for test networks and for trying things."""
+    from p2pool.service import run_miner
+
+    host, _, port = pool.removeprefix("stratum+tcp://").rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise click.BadParameter(f"HOST:PORT is needed, got {pool!r}", param_hint="HOST:PORT")
+    statistics = run_miner(
+        host=host.strip("[]"), port=int(port), user=user, password=password, threads=threads, seconds=seconds
+    )
+    if statistics is not None:
+        result = {
+            "hashes": statistics.hashes,
+            "hash_rate": statistics.hash_rate,
+            "accepted": statistics.accepted,
+            "rejected": sum(statistics.rejected.values()),
+        }
+        _print_one(result, as_json)
+
+
+@cli.command()
+@click.option("--shares", default=200, show_default=True, type=click.IntRange(1, 1_000_000), help="Stop after so many.")
+@click.option(
+    "--block-every",
+    default=10,
+    show_default=True,
+    type=click.IntRange(2, 10_000),
+    help="Shares per Bitcoin block, on average.",
+)
+@click.option("--miners", default=3, show_default=True, type=click.IntRange(1, 64))
+@click.option("--data-dir", type=click.Path(path_type=Path), help="Keep everything there. [default: thrown away]")
+@_json_option
+def demo(shares: int, block_every: int, miners: int, data_dir: Path | None, as_json: bool) -> None:
+    """Mine on an embedded regtest Bitcoin with real miners over TCP, and check every coinbase."""
+    from p2pool.demo import run_demo
+
+    sys.exit(run_demo(shares=shares, block_every=block_every, miners=miners, data_dir=data_dir, as_json=as_json))
+
+
+@cli.command()
+@_config_options("network", "data_dir")
+@_json_option
+def status(config_file: Path | None, as_json: bool, **flags: str | None) -> None:
+    """What the sharechain of a data directory looks like; a node may be running on it."""
+    with _reading(_load(config_file, flags)) as (params, store, chain, data_dir):
+        from p2pool.database import is_in_use
+        from p2pool.report import status_report
+
+        _print_one(status_report(params, store, chain, is_in_use(data_dir), time.time()), as_json)
+
+
+@cli.command()
+@_config_options("network", "data_dir")
+@click.option("--last", default=20, show_default=True, type=click.IntRange(1), help="How many, from the tip down.")
+@_json_option
+def shares(config_file: Path | None, last: int, as_json: bool, **flags: str | None) -> None:
+    """The newest shares: main chain, uncles and stale ones."""
+    with _reading(_load(config_file, flags)) as (_, store, chain, _data_dir):
+        from p2pool.report import share_row
+
+        newest = list(chain.entries())[-last:]
+        rows = [share_row(chain, stored) for entry in newest if (stored := store.share(entry.hash)) is not None]
+        if as_json:
+            click.echo(json.dumps(rows))
+            return
+        shown = [
+            {
+                "height": row["height"],
+                "hash": row["hash"][:16],
+                "status": row["status"],
+                "time": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(row["time"])),
+                "difficulty": _difficulty(row["bits"]),
+                "uncles": len(row["uncles"]),
+                "block": _block_word(row),
+                "address": row["address"],
+            }
+            for row in rows
+        ]
+        _print_table(shown)
+
+
+@cli.command()
+@_config_options("network", "data_dir")
+@click.option("--address", metavar="ADDRESS", help="Tell all of one miner: why it is paid, or why not.")
+@click.option("--class", "payout_class", type=int, help="Payout class. [default: the largest]")
+@click.option("--value", type=click.IntRange(0), help="Sat in the block. [default: as in the newest share]")
+@_json_option
+def payouts(
+    config_file: Path | None,
+    address: str | None,
+    payout_class: int | None,
+    value: int | None,
+    as_json: bool,
+    **flags: str | None,
+) -> None:
+    """What the next block would pay, and to whom."""
+    with _reading(_load(config_file, flags)) as (params, store, chain, _):
+        from p2pool.report import explain_payouts
+
+        report = explain_payouts(params, store, chain, address=address, payout_class=payout_class, value=value)
+        if as_json:
+            click.echo(json.dumps(report))
+            return
+        rows = report.pop("miners")
+        _print_fields(report)
+        click.echo()
+        columns = ("address", "shares", "uncles", "weight_percent", "entitlement", "paid_by", "paid", "chance")
+        _print_table([{key: row[key] for key in columns} for row in rows])
+        for row in rows if address is not None else ():
+            click.echo(row["why"])
+
+
+@cli.command()
+@_config_options("network", "data_dir")
+@_json_option
+def verify(config_file: Path | None, as_json: bool, **flags: str | None) -> None:
+    """Read the database again from scratch and check every file, record and rule.
+
+    Exit code 0 only if nothing is wrong; what is damaged is named.
+    """
+    config = _load(config_file, flags)
+    from p2pool.database import check_files, is_in_use, open_copy
+    from p2pool.report import VerifyReport, verify_store
+
+    in_use = is_in_use(config.data_dir)
+    files = 0 if in_use else check_files(config.data_dir)
+    with open_copy(config.data_dir) as (params, store), _progress("verifying", store.count()) as advance:
+        report = None
+        for report in verify_store(params, store):
+            if isinstance(report, int):
+                advance(report)
+    assert isinstance(report, VerifyReport)
+    result: dict[str, Any] = {
+        "ok": True,
+        "network": params.name,
+        "shares": report.shares,
+        "fully_checked": report.fully_checked,
+        "history_only": report.history_only,
+        "blocks": report.blocks,
+        "height": report.height,
+        "tip": report.tip,
+        "files_compared": files,
+        "in_use": in_use,
+    }
+    _print_one(result, as_json)
+
+
+@cli.command()
+@_config_options("network", "data_dir")
+@click.option("--format", "form", type=click.Choice(["jsonl", "csv"]), default="jsonl", show_default=True)
+def export(config_file: Path | None, form: str, **flags: str | None) -> None:
+    """Print every share with all its fields, oldest first: one JSON object a line, or CSV.
+
+    In CSV, lists stand as JSON.
+    """
+    with _reading(_load(config_file, flags)) as (_, store, chain, _data_dir):
+        from p2pool.report import EXPORT_FIELDS, export_rows
+
+        if form == "jsonl":
+            for row in export_rows(chain, store):
+                sys.stdout.write(json.dumps(row) + "\n")
+            return
+        writer = csv.writer(sys.stdout)
+        writer.writerow(EXPORT_FIELDS)
+        for row in export_rows(chain, store):
+            cells = (row[key] for key in EXPORT_FIELDS)
+            writer.writerow([json.dumps(cell) if isinstance(cell, list | bool) else cell for cell in cells])
+
+
+@cli.command()
+@click.argument("name", metavar="NAME")
+@click.option("--quick", is_flag=True, help="A tenth of the size: to see that it runs.")
+@_json_option
+def bench(name: str, quick: bool, as_json: bool) -> None:
+    """Measure: accept, payout, store or hasher; `all` for all.
+
+    Each result is a row of bench, case, metric, value and unit; what it is compared with is a row of the same run.
+    """
+    from p2pool.bench import BENCHES, run_bench
+
+    names = list(BENCHES) if name == "all" else [name]
+    if name != "all" and name not in BENCHES:
+        raise click.BadParameter(f"one of {', '.join(BENCHES)}, all is needed, got {name!r}", param_hint="NAME")
+    rows = []
+    for one in names:
+        for row in run_bench(one, quick=quick):
+            rows.append(row)
+            if as_json:
+                click.echo(json.dumps(row))
+    if not as_json:
+        _print_table(rows)
+
+
+@contextmanager
+def _reading(config: Config) -> Iterator[tuple[Params, Store, Sharechain, Path]]:
+    from p2pool.database import open_copy
+    from p2pool.report import load_chain
+
+    with open_copy(config.data_dir) as (params, store):
+        yield params, store, load_chain(params, store), config.data_dir
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on the terminal, nothing where there is none."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done: progress.update(task, completed=done)
+
+
+def _print_one(result: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        _print_fields(result)
+
+
+def _print_fields(result: Mapping[str, Any]) -> None:
+    """One field a line."""
+    _print_grid(None, [[key.replace("_", " "), _cell(value)] for key, value in result.items()])
+
+
+def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """One row a line, under the names of the columns."""
+    if not rows:
+        click.echo("(nothing)")
+        return
+    keys = list(rows[0])
+    right = [all(isinstance(row[key], int | float | None) for row in rows) for key in keys]
+    columns = [
+        (key.replace("_", " "), "right" if numeric else "left") for key, numeric in zip(keys, right, strict=True)
+    ]
+    _print_grid(columns, [[_cell(row[key]) for key in keys] for row in rows])
+
+
+def _print_grid(columns: list[tuple[str, Any]] | None, cells: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 1000  # a pipe has no edge to wrap at
+    table = Table(box=None, pad_edge=False, show_header=columns is not None, header_style="bold")
+    for name, justify in columns or [("", "left"), ("", "left")]:
+        table.add_column(name, justify=justify, no_wrap=not console.is_terminal, overflow="fold")
+    for row in cells:
+        table.add_row(*(Text(cell) for cell in row))
+    with console.capture() as capture:
+        console.print(table)
+    click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return str(value)
+
+
+def _difficulty(bits: int) -> float:
+    from sharechain.difficulty import bits_to_target, difficulty_of
+
+    return difficulty_of(bits_to_target(bits))
+
+
+def _block_word(row: Mapping[str, Any]) -> str | None:
+    if not row["is_block"]:
+        return None
+    outcome = row["block_outcome"]
+    return "submitted" if outcome is None else (outcome or "accepted")
+
+
+def _log_to_terminal(level: str) -> None:
+    logging.basicConfig(
+        level=level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s", stream=sys.stderr, force=True
+    )

@@ -1,0 +1,229 @@
+"""Configuration: one frozen value from flags, else the environment, else a TOML file, else defaults.
+
+``OPTIONS`` is the whole list; ``docs/reference/config.md`` is its table. Every error names the source: the flag, the
+variable, or the file and line.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from p2pool.errors import ConfigError
+from sharechain.errors import ParamsError
+from sharechain.params import NETWORKS, Params
+
+__all__ = ["OPTIONS", "Config", "Option", "load_config"]
+
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One setting: ``--some-name``, ``P2POOL_SOME_NAME`` and ``some_name = ...`` in the file."""
+
+    name: str
+    metavar: str
+    help: str
+    #: From text or a TOML value to the setting; ValueError says what is wrong.
+    parse: Callable[[object], Any]
+    #: As text; None means that there is none.
+    default: str | None = None
+
+    @property
+    def flag(self) -> str:
+        """How the option is called on the command line."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        """How the option is called in the environment."""
+        return "P2POOL_" + self.name.upper()
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"a text is needed, got {value!r}")
+    return value
+
+
+def _path(value: object) -> Path:
+    return Path(_text(value)).expanduser()
+
+
+def _port(value: object) -> int:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | str)
+        or not str(value).isascii()
+        or not str(value).isdigit()
+    ):
+        raise ValueError(f"a port number is needed, got {value!r}")
+    if int(value) > 65535:
+        raise ValueError(f"a port number from 0 to 65535 is needed, got {value}")
+    return int(value)
+
+
+def _seconds(value: object) -> float:
+    try:
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else -1.0
+    except ValueError:
+        number = -1.0
+    if not 0.05 <= number <= 3600:
+        raise ValueError(f"a number of seconds from 0.05 to 3600 is needed, got {value!r}")
+    return number
+
+
+def _one_of(*choices: str) -> Callable[[object], str]:
+    def parse(value: object) -> str:
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError(f"one of {', '.join(choices)} is needed, got {value!r}")
+        return value
+
+    return parse
+
+
+OPTIONS: Final = (
+    Option(
+        name="network",
+        metavar="NAME",
+        help=f"Share network: {', '.join(NETWORKS)}.",
+        parse=_one_of(*NETWORKS),
+        default="mainnet",
+    ),
+    Option(
+        name="data_dir",
+        metavar="DIR",
+        help="Where the sharechain is kept. [default: p2pool/NETWORK below $XDG_DATA_HOME or ~/.local/share]",
+        parse=_path,
+    ),
+    Option(
+        name="address",
+        metavar="ADDRESS",
+        help="Paid for miners whose user name is not an address. Without it, such miners are refused.",
+        parse=_text,
+    ),
+    Option(
+        name="stratum_host",
+        metavar="HOST",
+        help="Interface that miners connect to; 0.0.0.0 for all.",
+        parse=_text,
+        default="127.0.0.1",
+    ),
+    Option(
+        name="stratum_port",
+        metavar="PORT",
+        help="Port that miners connect to; 0 for any free one.",
+        parse=_port,
+        default="3333",
+    ),
+    Option(
+        name="vardiff_interval",
+        metavar="SECONDS",
+        help="Wanted time between two submissions of one miner.",
+        parse=_seconds,
+        default="5",
+    ),
+    Option(
+        name="log_level",
+        metavar="LEVEL",
+        help=f"How much to log: {', '.join(LOG_LEVELS)}.",
+        parse=_one_of(*LOG_LEVELS),
+        default="info",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """What the operator chose. Nothing in it is consensus, but for which network to be on."""
+
+    network: str
+    params: Params
+    data_dir: Path
+    address: str | None
+    stratum_host: str
+    stratum_port: int
+    vardiff_interval: float
+    log_level: str
+
+
+def load_config(flags: Mapping[str, object], environment: Mapping[str, str], file: Path | None) -> Config:
+    """Choose each setting from the first source that has it.
+
+    Args:
+        flags: option name to text, None where the flag was not given.
+        environment: as ``os.environ``.
+        file: a TOML file, or None.
+
+    Raises:
+        ConfigError: naming the flag, the variable, or the file and line.
+    """
+    table, text = _read(file)
+    known = {option.name for option in OPTIONS} | {"params"}
+    for key in table:
+        if key not in known:
+            raise ConfigError(f"{file}:{_line(text, key)}: {key}: unknown option; known are {', '.join(sorted(known))}")
+    values: dict[str, Any] = {}
+    for option in OPTIONS:
+        if flags.get(option.name) is not None:
+            source, value = option.flag, flags[option.name]
+        elif option.variable in environment:
+            source, value = option.variable, environment[option.variable]
+        elif option.name in table:
+            source, value = f"{file}:{_line(text, option.name)}: {option.name}", table[option.name]
+        elif option.default is not None:
+            source, value = option.flag, option.default
+        else:
+            values[option.name] = None
+            continue
+        try:
+            values[option.name] = option.parse(value)
+        except ValueError as error:
+            raise ConfigError(f"{source}: {error}") from None
+    params = NETWORKS[values["network"]]
+    overrides = table.get("params", {})
+    if not isinstance(overrides, dict):
+        raise ConfigError(f"{file}:{_line(text, 'params')}: params: a table is needed")
+    if overrides:
+        if "name" not in overrides:
+            raise ConfigError(f"{file}:{_line(text, 'params')}: params: a private network needs a name of its own")
+        try:
+            params = params.with_overrides(overrides)
+        except ParamsError as error:
+            raise ConfigError(f"{file}:{_line(text, error.option)}: {error}") from None
+    if values["data_dir"] is None:
+        base = Path(environment.get("XDG_DATA_HOME") or Path("~/.local/share").expanduser())
+        values["data_dir"] = base / "p2pool" / params.name
+    return Config(params=params, **values)
+
+
+def _read(file: Path | None) -> tuple[dict[str, Any], str]:
+    if file is None:
+        return {}, ""
+    try:
+        text = file.read_text(encoding="utf-8")
+        return tomllib.loads(text), text
+    except OSError as error:
+        raise ConfigError(f"--config: {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{file}: not UTF-8 text") from None
+    except tomllib.TOMLDecodeError as error:
+        where = re.search(r"at line (\d+)", str(error))
+        raise ConfigError(f"{file}:{where[1] if where else text.count(os.linesep) + 1}: {error}") from None
+
+
+def _line(text: str, key: str) -> int:
+    """The line that sets ``key``, or opens the table of that name; for messages only."""
+    pattern = re.compile(
+        rf"\s*(\[\s*{re.escape(key)}\s*\]|[\"']?{re.escape(key)}[\"']?\s*=|.*[{{,]\s*{re.escape(key)}\s*=)"
+    )
+    for number, line in enumerate(text.splitlines(), 1):
+        if pattern.match(line):
+            return number
+    return 1

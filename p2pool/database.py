@@ -1,0 +1,309 @@
+"""The data directory: who may use it, the LevelDB database in it, and what shows that nothing of it is lost.
+
+    lock                 held by the one node that uses the directory
+    sharechain/          the LevelDB database (see ``sharechain.store``)
+    sharechain.batches   number of the last batch written, so that a log that lost its tail is noticed
+    sharechain.sums      after a clean stop: SHA-256 of every file of the database
+    bitcoin/             the embedded Bitcoin, if one is used
+
+LevelDB's own checksums cover its blocks and log records, but not everything in its files: a log record whose
+length is damaged near the end reads like a log that ends there. The last two files close that gap.
+
+A node writes; every other command reads a copy, so that it neither disturbs a running node nor changes a file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from p2pool.errors import ConfigError
+from sharechain.errors import StoreError
+from sharechain.params import Params
+from sharechain.store import Store, WriteBatch, read_params
+
+try:
+    import plyvel
+except ImportError:  # Python 3.13 and later: the same interface and disk format under another name
+    import plyvel_next as plyvel
+
+__all__ = ["DataDirectory", "check_files", "open_copy"]
+
+_LOCK: Final = "lock"
+_DATABASE: Final = "sharechain"
+_BATCHES: Final = "sharechain.batches"
+_SUMS: Final = "sharechain.sums"
+#: LevelDB's own log for people, and its lock: they change without a write and hold no data.
+_NO_DATA: Final = ("LOCK", "LOG", "LOG.old")
+
+#: flock is per process and file description: the same process would get a second lock, and LevelDB would lose its own.
+_held: Final[set[Path]] = set()
+
+
+class LevelDatabase:
+    """plyvel with every checksum verified, and its errors told as ``StoreError``."""
+
+    def __init__(self, directory: Path, *, create: bool) -> None:
+        self._directory = directory
+        try:
+            self._db = plyvel.DB(str(directory), create_if_missing=create, paranoid_checks=True)
+        except (plyvel.Error, OSError) as error:
+            raise StoreError(str(directory), f"does not open: {error}") from None
+
+    def get(self, key: bytes) -> bytes | None:
+        """One value, or None."""
+        try:
+            value: bytes | None = self._db.get(key, verify_checksums=True)
+        except plyvel.Error as error:
+            raise StoreError(str(self._directory), f"does not read: {error}") from None
+        return value
+
+    def iterator(self, *, prefix: bytes, include_value: bool = True) -> Iterator[Any]:
+        """Keys, or keys and values, of a prefix, ascending."""
+        try:
+            with self._db.iterator(prefix=prefix, include_value=include_value, verify_checksums=True) as rows:
+                yield from rows
+        except plyvel.Error as error:
+            raise StoreError(str(self._directory), f"does not read: {error}") from None
+
+    def write_batch(self, *, transaction: bool = False, sync: bool = False) -> WriteBatch:
+        """An atomic batch; nothing is written before its ``write``."""
+        batch: WriteBatch = self._db.write_batch(transaction=transaction, sync=sync)
+        return batch
+
+    def close(self) -> None:
+        """Close; safe to call twice."""
+        self._db.close()
+
+
+class DataDirectory:
+    """A data directory held by one node, with its store.
+
+    Mutable fields: none but what the operating system holds; ``close`` lets go of all of it.
+    """
+
+    def __init__(self, path: Path, params: Params) -> None:
+        """Take the directory, making what is missing.
+
+        Args:
+            path: the directory.
+            params: of the network whose sharechain it holds or shall hold.
+
+        Raises:
+            ConfigError: another node uses it, or it cannot be written.
+            StoreError: the database is damaged, of another network, or of a newer schema.
+        """
+        self.path = path.resolve()
+        #: What the operator should know of the state that was found; empty if all is well.
+        self.warnings: list[str] = []
+        self._lock = self._take()
+        try:
+            directory = self.path / _DATABASE
+            batches = _read_batches(self.path)
+            new = not (directory / "CURRENT").exists()
+            if new and (batches is not None or any(directory.glob("*.ldb"))):
+                raise StoreError(str(directory / "CURRENT"), "is missing: the database is damaged")
+            (self.path / _SUMS).unlink(missing_ok=True)
+            self._database = LevelDatabase(directory, create=new)
+            try:
+                #: The sharechain on disk.
+                self.store = Store(self._database, params)
+                if self.store.sequence < (batches or 0):
+                    self.warnings.append(
+                        f"the database holds {self.store.sequence} of {batches} batches: the machine lost power, or "
+                        "the log is damaged; the missing shares will be fetched or mined again"
+                    )
+                self._batches = os.open(self.path / _BATCHES, os.O_RDWR | os.O_CREAT, 0o644)
+                self.note_written()
+            except BaseException:
+                self._database.close()
+                raise
+        except BaseException:
+            self._let_go()
+            raise
+
+    def note_written(self) -> None:
+        """Count what the store has written; to be called after each batch. Costs one small write."""
+        os.pwrite(self._batches, _pack_batches(self.store.sequence), 0)
+
+    def close(self) -> None:
+        """Close the database, note the sums of its files, and let go of the directory."""
+        self._database.close()
+        os.close(self._batches)
+        sums = _sum_files(self.path)
+        _write_synced(self.path / _SUMS, json.dumps(sums, indent=1).encode() + b"\n")
+        self._let_go()
+
+    def _take(self) -> int:
+        if self.path in _held:
+            raise ConfigError(f"data directory {self.path} is in use by this process")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ConfigError(f"data directory {self.path} cannot be used: {error.strerror}") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.pread(lock, 20, 0).decode("ascii", "replace").strip()
+            os.close(lock)
+            raise ConfigError(
+                f"data directory {self.path} is in use by another node (process {owner or 'unknown'}); "
+                "stop it, or give this one another --data-dir"
+            ) from None
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, str(os.getpid()).encode(), 0)
+        _held.add(self.path)
+        return lock
+
+    def _let_go(self) -> None:
+        _held.discard(self.path)
+        os.close(self._lock)
+
+
+def is_in_use(path: Path) -> bool:
+    """Whether a node holds a data directory at this moment."""
+    try:
+        lock = os.open(path / _LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
+@contextmanager
+def open_copy(path: Path) -> Iterator[tuple[Params, Store]]:
+    """Read a data directory without touching it, whether a node runs on it or not.
+
+    Yields:
+        The parameters of its network, and a store on a copy of its database.
+
+    Raises:
+        ConfigError: there is no sharechain in it.
+        StoreError: the database is damaged.
+    """
+    source = path / _DATABASE
+    if not source.is_dir():
+        raise ConfigError(f"data directory {path} holds no sharechain (no {_DATABASE}/ in it)")
+    with tempfile.TemporaryDirectory(prefix="p2pool-") as scratch:
+        for attempt in range(5):
+            copy = Path(scratch) / str(attempt)
+            batches = _read_batches(path)
+            last = attempt == 4 or not is_in_use(path)
+            try:
+                _copy_database(source, copy)
+                database = LevelDatabase(copy, create=False)
+            except (StoreError, FileNotFoundError) as error:
+                if last:
+                    raise StoreError(str(source), str(error).replace(str(copy), str(source))) from None
+                continue  # the node has just compacted its files; a moment later the copy is whole
+            try:
+                try:
+                    params = read_params(database)
+                    if params is None:
+                        raise StoreError(str(source), f"is empty, but {_BATCHES} counts {batches} batches")
+                    store = Store(database, params)
+                except StoreError as error:
+                    raise StoreError(error.where.replace(str(copy), str(source)), error.message) from None
+                if batches is not None and store.sequence < batches and not last:
+                    continue
+                if batches is not None and store.sequence < batches:
+                    raise StoreError(
+                        str(source),
+                        f"the last batch is number {store.sequence}, but {_BATCHES} counts {batches}: "
+                        "the end of the log is damaged or missing",
+                    )
+                yield params, store
+                return
+            finally:
+                database.close()
+
+
+def check_files(path: Path) -> int:
+    """Compare the files of a database with the sums noted at the last clean stop.
+
+    Returns:
+        The number of files that agree; 0 if the last stop was not clean, so that there is nothing to compare.
+
+    Raises:
+        StoreError: a file differs, is missing or is new; ``where`` names it.
+    """
+    try:
+        noted = json.loads((path / _SUMS).read_bytes())
+    except FileNotFoundError:
+        return 0
+    except ValueError as error:
+        raise StoreError(str(path / _SUMS), f"is damaged: {error}") from None
+    found = _sum_files(path)
+    if not isinstance(noted, dict):
+        raise StoreError(str(path / _SUMS), "is damaged: not a table of sums")
+    for name in sorted(noted.keys() | found.keys()):
+        if name not in found:
+            where = path / name
+            raise StoreError(str(where), f"is missing, or its name in {_SUMS} is damaged")
+        if noted.get(name) != found[name]:
+            raise StoreError(
+                str(path / name), f"differs from its SHA-256 in {_SUMS}: one of the two was changed after the last stop"
+            )
+    return len(found)
+
+
+def _copy_database(source: Path, copy: Path) -> None:
+    # A running node appends to the log and replaces the rest. The manifest first and the logs last: what was
+    # flushed in between is then in both or, if a log is gone, noticed by the count of batches.
+    copy.mkdir()
+    names = [name for name in os.listdir(source) if name not in _NO_DATA]
+    order = {"CURRENT": 0, "MANIFEST": 1}
+    for name in sorted(
+        names, key=lambda name: (order.get(name.split("-")[0], 3 if name.endswith(".log") else 2), name)
+    ):
+        shutil.copyfile(source / name, copy / name)
+
+
+def _sum_files(path: Path) -> dict[str, str]:
+    files = [file for file in (path / _DATABASE).iterdir() if file.name not in _NO_DATA] + [path / _BATCHES]
+    return {
+        str(file.relative_to(path)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(files)
+        if file.is_file()
+    }
+
+
+def _pack_batches(sequence: int) -> bytes:
+    number = sequence.to_bytes(8, "big")
+    return number + zlib.crc32(number).to_bytes(4, "big")
+
+
+def _read_batches(path: Path) -> int | None:
+    """The number of batches noted, or None if none was."""
+    try:
+        raw = (path / _BATCHES).read_bytes()
+    except FileNotFoundError:
+        return None
+    sequence = int.from_bytes(raw[:8], "big")
+    if raw and raw != _pack_batches(sequence):
+        raise StoreError(str(path / _BATCHES), "checksum mismatch: the file is damaged")
+    return sequence
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    fresh = path.with_suffix(path.suffix + ".new")
+    with open(fresh, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)

@@ -1,0 +1,433 @@
+"""The node: opens, wires, serves and closes. The single writer of the sharechain; holds no rule and no format.
+
+Theory of operation. Every change of the sharechain happens in one synchronous stretch (``accept``): chain, store,
+new work, jobs to every miner. Around it run a task that follows the Bitcoin node, one that submits blocks, and the
+Stratum server, which asks the node as its desk. A submission that is a block is handed to the block task, which
+submits it before the share joins the chain: nothing about the sharechain may delay a Bitcoin block.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import trio
+
+from p2pool.bitcoin_backend import BitcoinBackend, BlockTemplate, HeaderFacts, SubmitResult
+from p2pool.bitcoin_backend.address import AddressError, decode_address
+from p2pool.database import DataDirectory
+from p2pool.errors import BackendError, ConfigError, StratumError
+from p2pool.jobs import Candidate, JobBook, next_work
+from p2pool.report import load_chain
+from p2pool.stratum.protocol import Notify, Submission, Verdict, Worker, parse_user, payout_class_for
+from p2pool.stratum.server import ServerSettings, StratumServer
+from sharechain.chain import Accepted, ChainStatistics, Outcome, Unanchored
+from sharechain.difficulty import DIFFICULTY_1_TARGET, difficulty_of
+from sharechain.errors import InvalidShare
+from sharechain.params import Params
+from sharechain.share import Share, is_payout_script
+from sharechain.store import StoredShare
+from sharechain.validate import BlockFacts, is_block
+
+__all__ = ["FoundBlock", "Node", "NodeStatistics"]
+
+logger = logging.getLogger("p2pool.node")
+
+#: Seconds. Miners drop a pool that is silent for 60 to 120 s, so that there is fresh work at least so often.
+WORK_INTERVAL_S: Final = 20.0
+#: Seconds between two waits for the disk: what a power cut can cost.
+SYNC_INTERVAL_S: Final = 1.0
+#: Seconds before the backend is asked again after it failed; doubles up to the second.
+RETRY_S: Final = (0.5, 30.0)
+#: How often a block is submitted to a backend that does not answer.
+SUBMIT_TRIES: Final = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundBlock:
+    """A share that is a Bitcoin block, and what Bitcoin said of it."""
+
+    #: As displayed.
+    block_hash: str
+    block_height: int
+    #: Sat.
+    value: int
+    payouts: int
+    transactions: int
+    accepted: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeStatistics:
+    """A node at one moment."""
+
+    chain: ChainStatistics
+    #: Shares that joined the chain since the start, from whomever.
+    shares: int
+    #: Shares of own miners that broke a rule, by rule.
+    invalid: Mapping[str, int]
+    blocks: Sequence[FoundBlock]
+    bitcoin_height: int
+    share_difficulty: float
+
+
+@dataclass(kw_only=True, slots=True)
+class _Counters:
+    shares: int = 0
+    invalid: Counter[str] = field(default_factory=Counter)
+    blocks: list[FoundBlock] = field(default_factory=list)
+
+
+class Node:
+    """One node on one data directory and one Bitcoin backend.
+
+    Mutable fields: ``chain`` and the store (written only by ``accept`` and what it calls), ``_template`` (the newest
+    from Bitcoin), ``_book`` with ``_notifies`` (jobs by desk id), ``_found`` (hashes of blocks handed to the block
+    task), ``_synced_at`` and ``_unsynced``, and the counters. Invariant: the store holds what the chain holds.
+    """
+
+    def __init__(
+        self,
+        *,
+        directory: DataDirectory,
+        params: Params,
+        backend: BitcoinBackend,
+        stratum: ServerSettings | None = None,
+        default_address: str | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """Load the chain; nothing runs yet.
+
+        Args:
+            directory: held for this node; ``close`` it after ``run``.
+            params: of the share network.
+            backend: on the Bitcoin network of ``params``.
+            stratum: settings of the Stratum port.
+            default_address: paid for miners whose user name is no address; None refuses them.
+            clock: Unix seconds.
+
+        Raises:
+            ConfigError: the backend is on another network, or the default address is none.
+            StoreError: the stored chain is damaged.
+        """
+        if backend.network != params.bitcoin_network:
+            raise ConfigError(
+                f"the Bitcoin node is on {backend.network}, the share network on {params.bitcoin_network}"
+            )
+        self.params: Final = params
+        self._directory = directory
+        self._store = directory.store
+        self._backend = backend
+        self._clock = clock
+        self._default_script = None if default_address is None else _script_of(default_address, params)
+        self._unsettled: list[bytes] = []
+        self.chain: Final = load_chain(params, self._store, self._note_unsettled(self._store.shares()))
+        self.server: Final = StratumServer(self, stratum)
+        self._template: BlockTemplate | None = None
+        self._bitcoin_height = -1
+        self._book = JobBook(self.chain, first_id=int(clock() * 1000) & 0xFFFFFFFF)
+        self._notifies: dict[str, Notify] = {}
+        self._found: set[bytes] = set()
+        self._blocks_in, self._blocks_out = trio.open_memory_channel[Candidate](math.inf)
+        self._synced_at = -math.inf
+        self._unsynced = False
+        self._counters = _Counters()
+        for warning in directory.warnings:
+            logger.warning("%s", warning)
+
+    async def run(
+        self,
+        listeners: Sequence[socket.socket],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve until cancelled.
+
+        Args:
+            listeners: listening sockets for miners, see ``p2pool.stratum.server.open_listeners``.
+        """
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._follow_bitcoin)
+            await self._settle_blocks()
+            await nursery.start(self.server.serve, listeners)
+            nursery.start_soon(self._submit_blocks)
+            nursery.start_soon(self._tick)
+            task_status.started()
+
+    def statistics(self) -> NodeStatistics:
+        """Counts and gauges; a frozen value."""
+        work = self._book.work
+        return NodeStatistics(
+            chain=self.chain.statistics(),
+            shares=self._counters.shares,
+            invalid=dict(self._counters.invalid),
+            blocks=tuple(self._counters.blocks),
+            bitcoin_height=self._bitcoin_height,
+            share_difficulty=0.0 if work is None else difficulty_of(work.share_target),
+        )
+
+    def accept(self, share: Share) -> Outcome:
+        """Take a share into the chain and on disk, and give miners new work if it moved the tip.
+
+        Raises:
+            InvalidShare: the share breaks a rule; nothing has changed.
+        """
+        outcome = self.chain.accept(share, self._clock())
+        if isinstance(outcome, Accepted):
+            self._record(outcome)
+        elif isinstance(outcome, Unanchored):
+            logger.info("share %s waits for Bitcoin block %s", _shown(share.hash), _shown(outcome.block_hash))
+        return outcome
+
+    # -- the desk of the Stratum server ----------------------------------------------------------------------
+
+    def authorize(self, *, user: str, password: str, user_agent: str) -> Worker:
+        """Who mines: see ``p2pool.stratum.protocol.Desk``."""
+        options = parse_user(user, password)
+        try:
+            script = decode_address(options.address, self.params.bitcoin_network)
+        except AddressError as error:
+            if self._default_script is None or _looks_like_address(options.address):
+                raise StratumError(24, f"user name: {error}") from None
+            script = self._default_script
+        if not is_payout_script(script):
+            raise StratumError(24, "user name: an address of a type that the pool does not pay")
+        return Worker(
+            user=user,
+            name=options.worker_name,
+            payout_script=script,
+            payout_class=payout_class_for(user_agent, self.params.payout_classes),
+            session_difficulty=options.session_difficulty,
+            share_difficulty=options.share_difficulty,
+        )
+
+    def notify_for(self, worker: Worker) -> Notify | None:
+        """The current job: see ``p2pool.stratum.protocol.Desk``."""
+        target = None
+        if worker.share_difficulty is not None:
+            target = max(1, min(2**256 - 1, int(DIFFICULTY_1_TARGET / worker.share_difficulty)))
+        job = self._book.job_for(worker.payout_script, worker.payout_class, target)
+        if job is None:
+            return None
+        notify = self._notifies.get(job.job_id)
+        if notify is None:
+            template = job.work.template
+            notify = self._notifies[job.job_id] = Notify(
+                job_id=job.job_id,
+                previous_block_hash=template.previous_block_hash,
+                coinb1=job.coinb1,
+                coinb2=job.coinb2,
+                branch=template.merkle_branch,
+                version=template.version,
+                bits=template.bits,
+                time=job.work.time,
+                share_target=job.share_target,
+                block_target=job.block_target,
+            )
+        return notify
+
+    def judge(self, worker: Worker, submission: Submission) -> Verdict:
+        """Hash a submission and act on it: see ``p2pool.stratum.protocol.Desk``."""
+        job = self._book.job(submission.job_id)
+        template = job.work.template
+        candidate = self._book.candidate(
+            job,
+            extranonce=submission.extranonce1 + submission.extranonce2,
+            version=submission.header_version(template.version),
+            time=submission.time,
+            nonce=submission.nonce,
+        )
+        if candidate.is_block:  # also one that is stale, or no share by the miner's own harder target
+            if candidate.hash not in self._found:
+                self._found.add(candidate.hash)
+                self._blocks_in.send_nowait(candidate)  # submits it, then accepts the share
+        elif candidate.is_share:
+            self._accept_own(candidate)
+        current = self._template
+        stale = current is not None and template.previous_block_hash != current.previous_block_hash
+        return Verdict(
+            hash_value=candidate.hash_value,
+            stale=stale and not candidate.is_share,
+            is_share=candidate.is_share,
+            is_block=candidate.is_block,
+        )
+
+    # -- inside ----------------------------------------------------------------------------------------------
+
+    def _note_unsettled(self, shares: Iterable[StoredShare]) -> Iterator[StoredShare]:
+        for stored in shares:
+            if stored.block_outcome is None and is_block(self.params, stored.share):
+                self._unsettled.append(stored.share.hash)
+            yield stored
+
+    def _accept_own(self, candidate: Candidate) -> None:
+        try:
+            self.accept(candidate.share())
+        except InvalidShare as error:
+            self._counters.invalid[error.rule] += 1
+            logger.warning("a miner's share breaks a rule: %s", error)
+            raise StratumError(20, str(error)) from None
+
+    def _record(self, change: Accepted) -> None:
+        now = self._clock()
+        facts = {
+            share.previous_block_hash: fact
+            for share in change.added
+            if (fact := self.chain.block_facts(share.previous_block_hash)) is not None
+        }
+        sync = now - self._synced_at >= SYNC_INTERVAL_S
+        if change.added or change.pruned:
+            self._store.write(change, first_seen_ms=int(now * 1000), facts=facts, sync=sync)
+            self._directory.note_written()
+            self._unsynced = not sync
+            if sync:
+                self._synced_at = now
+        self._counters.shares += len(change.added)
+        for share, error in change.rejected:
+            logger.warning("share %s that had waited breaks a rule: %s", _shown(share.hash), error)
+        for share in change.added:
+            logger.debug("share %s at height %d", _shown(share.hash), share.data.height)
+        if change.disconnected:
+            logger.info("reorg: %d shares left the main chain", len(change.disconnected))
+        if change.new_tip != change.old_tip:
+            self._renew_work(clean=False)
+
+    def _renew_work(self, *, clean: bool) -> None:
+        if self._template is None:
+            return
+        self._book.renew(next_work(self.chain, self._template, self._clock()))
+        self._notifies.clear()
+        self.server.broadcast(clean=clean)
+
+    def _learn(self, facts: HeaderFacts) -> None:
+        change = self.chain.learn_block(
+            facts.block_hash, BlockFacts(height=facts.height, next_bits=facts.next_bits), self._clock()
+        )
+        if isinstance(change, Accepted):
+            self._record(change)
+
+    async def _follow_bitcoin(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        retry_s, started = RETRY_S[0], False
+        while True:
+            try:
+                template = await self._backend.block_template()
+                facts = await self._backend.header_facts(template.previous_block_hash)
+            except BackendError as error:
+                if not started:
+                    raise
+                logger.error("the Bitcoin node does not answer, next try in %.1f s: %s", retry_s, error)
+                await trio.sleep(retry_s)
+                retry_s = min(2 * retry_s, RETRY_S[1])
+                continue
+            retry_s = RETRY_S[0]
+            old, self._template = self._template, template
+            clean = old is None or old.previous_block_hash != template.previous_block_hash
+            self._bitcoin_height = template.height - 1
+            if facts is not None:
+                self._learn(facts)
+            self._renew_work(clean=clean)
+            if not started:
+                started = True
+                task_status.started()
+            try:
+                await self._backend.wait_for_tip(template.previous_block_hash, WORK_INTERVAL_S)
+            except BackendError as error:
+                logger.error("the Bitcoin node does not tell its tip: %s", error)
+                await trio.sleep(retry_s)
+
+    async def _submit_blocks(self) -> None:
+        async with trio.open_nursery() as nursery:
+            async for candidate in self._blocks_out:
+                nursery.start_soon(self._submit_block, candidate)
+
+    async def _submit_block(self, candidate: Candidate) -> None:
+        async with trio.open_nursery() as nursery:
+            # Returns as soon as the submission is under way in its thread or on its socket.
+            await nursery.start(self._submit_until_answered, candidate)
+            if candidate.is_share:
+                try:
+                    self.accept(candidate.share())
+                except InvalidShare as error:
+                    self._counters.invalid[error.rule] += 1
+                    logger.error("block %s is no valid share: %s", _shown(candidate.hash), error)
+        reason = next(b.reason for b in reversed(self._counters.blocks) if b.block_hash == _shown(candidate.hash))
+        self._store.write_block_outcome(candidate.hash, reason, sync=True)
+        self._directory.note_written()
+
+    async def _submit_until_answered(
+        self, candidate: Candidate, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        template, retry_s, tries = candidate.job.work.template, RETRY_S[0], 1
+        task_status.started()
+        while True:
+            try:
+                result = await self._backend.submit_block(candidate.block())
+                break
+            except BackendError as error:
+                logger.error("block %s: not submitted: %s", _shown(candidate.hash), error)
+                if tries == SUBMIT_TRIES:
+                    result = SubmitResult(accepted=False, reason=f"not submitted: {error}")
+                    break
+            await trio.sleep(retry_s)
+            retry_s, tries = min(2 * retry_s, RETRY_S[1]), tries + 1
+        log = logger.info if result.accepted else logger.error
+        said = "accepted by Bitcoin" if result.accepted else f"refused: {result.reason}"
+        log("block %s at height %d: %s", _shown(candidate.hash), template.height, said)
+        self._counters.blocks.append(
+            FoundBlock(
+                block_hash=candidate.hash[::-1].hex(),
+                block_height=template.height,
+                value=template.coinbase_value,
+                payouts=candidate.job.payouts.count,
+                transactions=len(template.transactions),
+                accepted=result.accepted,
+                reason=result.reason,
+            )
+        )
+
+    async def _settle_blocks(self) -> None:
+        """Ask Bitcoin what became of blocks that were submitted just before a kill."""
+        for block_hash in self._unsettled:
+            known = await self._backend.header_facts(block_hash)
+            outcome = "" if known is not None else "unknown: the node stopped before Bitcoin answered"
+            self._store.write_block_outcome(block_hash, outcome, sync=False)
+            self._directory.note_written()
+
+    async def _tick(self) -> None:
+        eased_s = self.params.stall_doubling_s / 2
+        while True:
+            await trio.sleep(min(SYNC_INTERVAL_S, eased_s))
+            now = self._clock()
+            if self._unsynced and now - self._synced_at >= SYNC_INTERVAL_S:
+                self._store.sync()
+                self._directory.note_written()
+                self._synced_at, self._unsynced = now, False
+            change = self.chain.release(now)
+            if isinstance(change, Accepted):
+                self._record(change)
+            work = self._book.work
+            if work is not None and now - work.time >= min(WORK_INTERVAL_S, max(1.0, eased_s)):
+                self._renew_work(clean=False)
+
+
+def _script_of(address: str, params: Params) -> bytes:
+    try:
+        return decode_address(address, params.bitcoin_network)
+    except AddressError as error:
+        raise ConfigError(f"--address: {error}") from None
+
+
+def _looks_like_address(text: str) -> bool:
+    """Whether a user name was meant as an address, so that a typing error is not paid to somebody else."""
+    return len(text) >= 26
+
+
+def _shown(share_hash: bytes) -> str:
+    return share_hash[::-1].hex()

@@ -1,0 +1,121 @@
+"""Runs a node or a miner as a process: signals, the embedded Bitcoin, the listening port, the end."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Awaitable, Callable
+
+import trio
+
+from p2pool.config import Config
+from p2pool.database import DataDirectory
+from p2pool.errors import ConfigError
+from p2pool.miner import MinerEvent, MinerStatistics, mine
+from p2pool.node import Node
+from p2pool.stratum.server import ServerSettings, open_listeners
+from p2pool.stratum.vardiff import VardiffSettings
+
+__all__ = ["run_miner", "run_node", "until_signal"]
+
+logger = logging.getLogger("p2pool")
+
+
+async def until_signal(job: Callable[[], Awaitable[None]]) -> None:
+    """Run ``job`` until it ends or the process is told to stop (SIGINT, SIGTERM)."""
+    async with trio.open_nursery() as nursery:
+
+        async def watch() -> None:
+            with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+                async for number in signals:
+                    logger.info("%s: stopping", signal.Signals(number).name)
+                    nursery.cancel_scope.cancel()
+
+        nursery.start_soon(watch)
+        await job()
+        nursery.cancel_scope.cancel()
+
+
+def run_node(config: Config) -> None:
+    """Run a node until it is told to stop.
+
+    Raises:
+        ConfigError: what the operator asked for cannot be done.
+        BackendError: the Bitcoin node cannot be reached or opened.
+        StoreError: the stored sharechain is damaged or another network's.
+    """
+    if config.params.bitcoin_network != "regtest":
+        raise ConfigError(
+            f"--network {config.network}: needs a Bitcoin node over RPC, which this version does not speak yet; "
+            "--network regtest embeds its own"
+        )
+    trio.run(until_signal, lambda: _run_node(config))
+
+
+async def _run_node(config: Config) -> None:
+    from p2pool.bitcoin_backend.kernel import KernelBackend
+
+    directory = DataDirectory(config.data_dir, config.params)
+    try:
+        backend = await trio.to_thread.run_sync(KernelBackend.open, config.data_dir / "bitcoin")
+        try:
+            node = Node(
+                directory=directory,
+                params=config.params,
+                backend=backend,
+                stratum=ServerSettings(vardiff=VardiffSettings(target_interval_s=config.vardiff_interval)),
+                default_address=config.address,
+            )
+            listeners = open_listeners(config.stratum_host, config.stratum_port)
+            async with trio.open_nursery() as nursery:
+                await nursery.start(node.run, listeners)
+                chain = node.statistics().chain
+                logger.info(
+                    "network %s (%s), %d shares, height %d; data in %s",
+                    config.params.name,
+                    config.params.network_id.hex(),
+                    chain.shares,
+                    chain.height,
+                    config.data_dir,
+                )
+                for host, port in node.server.addresses:
+                    logger.info("miners connect to stratum+tcp://%s:%d, user name: their Bitcoin address", host, port)
+        finally:
+            with trio.CancelScope(shield=True):
+                await backend.aclose()
+    finally:
+        directory.close()
+
+
+def run_miner(
+    *, host: str, port: int, user: str, password: str, threads: int, seconds: float | None
+) -> MinerStatistics | None:
+    """Mine until interrupted, or for some seconds; progress goes to standard error.
+
+    Returns:
+        What was done.
+
+    Raises:
+        P2PoolError: the pool refused us.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    last: MinerStatistics | None = None
+
+    def show(event: MinerEvent) -> None:
+        nonlocal last
+        last = event.statistics
+        if event.kind != "job":
+            console.print(
+                f"{event.kind}: {event.text} [{event.statistics.hash_rate / 1e6:.2f} MH/s, "
+                f"{event.statistics.accepted} accepted, {sum(event.statistics.rejected.values())} rejected]",
+                markup=False,
+            )
+
+    async def work() -> None:
+        with trio.move_on_after(float("inf") if seconds is None else seconds):
+            await mine(host=host, port=port, user=user, password=password, threads=threads, on_event=show)
+
+    trio.run(until_signal, work)
+    return last
