@@ -52,28 +52,39 @@ _held: Final[set[Path]] = set()
 class LevelDatabase:
     """plyvel with every checksum verified, and its errors told as ``StoreError``."""
 
-    def __init__(self, directory: Path, *, create: bool) -> None:
+    def __init__(self, directory: Path, *, create: bool, shown_as: Path | None = None) -> None:
+        """Open a directory; ``shown_as`` is what errors call it (a copy is called by its original's name)."""
         self._directory = directory
+        self._shown = str(shown_as or directory)
         try:
             self._db = plyvel.DB(str(directory), create_if_missing=create, paranoid_checks=True)
         except (plyvel.Error, OSError) as error:
-            raise StoreError(str(directory), f"does not open: {error}") from None
+            raise StoreError(self._shown, f"does not open: {self._reason(error)}") from None
 
     def get(self, key: bytes) -> bytes | None:
         """One value, or None."""
         try:
             value: bytes | None = self._db.get(key, verify_checksums=True)
         except plyvel.Error as error:
-            raise StoreError(str(self._directory), f"does not read: {error}") from None
+            raise StoreError(self._shown, f"record {_shown_key(key)} does not read: {self._reason(error)}") from None
         return value
 
     def iterator(self, *, prefix: bytes, include_value: bool = True) -> Iterator[Any]:
         """Keys, or keys and values, of a prefix, ascending."""
+        key = prefix
         try:
             with self._db.iterator(prefix=prefix, include_value=include_value, verify_checksums=True) as rows:
-                yield from rows
+                for row in rows:
+                    key = row[0] if include_value else row
+                    yield row
         except plyvel.Error as error:
-            raise StoreError(str(self._directory), f"does not read: {error}") from None
+            where = f"what follows record {_shown_key(key)}"
+            raise StoreError(self._shown, f"{where} does not read: {self._reason(error)}") from None
+
+    def _reason(self, error: Exception) -> str:
+        text = error.args[0] if error.args else error
+        text = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(error)
+        return text.replace(str(self._directory), self._shown)
 
     def write_batch(self, *, transaction: bool = False, sync: bool = False) -> WriteBatch:
         """An atomic batch; nothing is written before its ``write``."""
@@ -206,19 +217,20 @@ def open_copy(path: Path) -> Iterator[tuple[Params, Store]]:
             last = attempt == 4 or not is_in_use(path)
             try:
                 _copy_database(source, copy)
-                database = LevelDatabase(copy, create=False)
-            except (StoreError, FileNotFoundError) as error:
+                database = LevelDatabase(copy, create=False, shown_as=source)
+            except FileNotFoundError as error:
                 if last:
-                    raise StoreError(str(source), str(error).replace(str(copy), str(source))) from None
+                    raise StoreError(str(error.filename), "is missing") from None
+                continue
+            except StoreError:
+                if last:
+                    raise
                 continue  # the node has just compacted its files; a moment later the copy is whole
             try:
-                try:
-                    params = read_params(database)
-                    if params is None:
-                        raise StoreError(str(source), f"is empty, but {_BATCHES} counts {batches} batches")
-                    store = Store(database, params)
-                except StoreError as error:
-                    raise StoreError(error.where.replace(str(copy), str(source)), error.message) from None
+                params = read_params(database)
+                if params is None:
+                    raise StoreError(str(source), f"is empty, but {_BATCHES} counts {batches} batches")
+                store = Store(database, params)
                 if batches is not None and store.sequence < batches and not last:
                     continue
                 if batches is not None and store.sequence < batches:
@@ -260,6 +272,11 @@ def check_files(path: Path) -> int:
                 str(path / name), f"differs from its SHA-256 in {_SUMS}: one of the two was changed after the last stop"
             )
     return len(found)
+
+
+def _shown_key(key: bytes) -> str:
+    kind, rest = key[:1].decode("ascii", "replace"), key[1:]
+    return f"{kind}/{rest[::-1].hex() if kind in ('s', 'b') else rest.hex()}"  # hashes as they are displayed
 
 
 def _copy_database(source: Path, copy: Path) -> None:

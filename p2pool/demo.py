@@ -243,7 +243,7 @@ async def _spend_fees(backend: KernelBackend) -> None:
     while True:
         tip = (await backend.tip()).block_hash
         for spendable in backend.mature_coinbases(_ANYBODY_SCRIPT)[: 1 + number % 5]:
-            backend.add_transaction(_spend(spendable.txid, spendable.index, spendable.value - FEE))
+            backend.add_transaction(_spend(spendable.txid, spendable.vout, spendable.value - FEE))
         number += 1
         await backend.wait_for_tip(tip)
 

@@ -31,9 +31,9 @@ __all__ = [
     "VerifyReport",
     "audit_block",
     "audit_rows",
+    "explain_payouts",
     "export_rows",
     "load_chain",
-    "explain_payouts",
     "payout_report",
     "share_row",
     "status_report",
@@ -314,8 +314,9 @@ def _absent_miner(script: str, address: str | None) -> dict[str, Any]:
 def _why(report: PayoutReport, miner: Mapping[str, Any]) -> str:
     if not miner["weight"]:
         return (
-            f"{miner['address']} has no share or uncle among the last {report.window_shares} shares, which are all that "
-            "the next block pays. Shares older than the window, and stale shares that nobody named, are not paid."
+            f"{miner['address']} has no share or uncle among the last {report.window_shares} shares, "
+            "which are all that the next block pays. Shares older than the window, and stale shares that nobody named, "
+            "are not paid."
         )
     owed = (
         f"{miner['address']} has {miner['shares']} shares and {miner['uncles']} uncles in the window: "
@@ -324,8 +325,8 @@ def _why(report: PayoutReport, miner: Mapping[str, Any]) -> str:
     if miner["paid_by"] == "exact":
         return f"{owed} That is at least the threshold of {report.threshold:,} sat: it is paid exactly."
     return (
-        f"{owed} That is below the threshold of {report.threshold:,} sat for a coinbase of {report.payout_class} payouts, "
-        f"so it takes part in the draw with a chance of {100 * miner['chance']:.3f} % per block; "
+        f"{owed} That is below the threshold of {report.threshold:,} sat for a coinbase of {report.payout_class} "
+        f"payouts, so it takes part in the draw with a chance of {100 * miner['chance']:.3f} % per block; "
         f"on average it gets its {miner['entitlement']:,} sat. "
         + (
             f"On the present tip it is drawn and paid {miner['paid']:,} sat."
@@ -535,7 +536,7 @@ def _audit_draw(params: Params, entitled: Mapping[str, int], parent: bytes, payo
     lots = max(1, rest // threshold)
     seed = draw_seed(parent, payout_class)
     tag = hashlib.sha256(b"p2pool/offset").digest()
-    offset = int.from_bytes(hashlib.sha256(tag + tag + seed).digest(), "big") % rest
+    offset = rest * int.from_bytes(hashlib.sha256(tag + tag + seed).digest(), "big") // 2**256
     order = sorted(small, key=lambda script: hashlib.sha256(seed + bytes.fromhex(script)).digest())
     points = [offset + number * rest for number in range(lots)]
     at = 0

@@ -25,7 +25,7 @@ from sharechain.entry import ChainEntry, ancestors
 from sharechain.errors import InvalidShare
 from sharechain.params import MEDIAN_SPAN, Params
 from sharechain.payout import Payouts, build_payouts
-from sharechain.share import NULL_HASH, Share, encode_share, share_id
+from sharechain.share import NULL_HASH, Share, share_id
 from sharechain.validate import (
     BlockFacts,
     check_alone,
@@ -50,6 +50,10 @@ __all__ = [
 
 #: Shares that may wait at once, for anything. The oldest gives way.
 MAX_WAITING: Final = 2_000
+#: Bodies that may wait under one header. Forging one costs no work, so that more would drive honest shares out.
+MAX_BODIES: Final = 4
+#: Heights between two sweeps of what pruned shares leave behind.
+_SWEEP_INTERVAL: Final = 256
 #: Heights of history kept besides two windows: reorgs down to here are followed.
 PRUNE_MARGIN: Final = 500
 #: Payouts of recent windows kept, so that siblings and jobs do not draw twice.
@@ -73,6 +77,8 @@ class Accepted:
     rejected: tuple[tuple[Share, InvalidShare], ...] = ()
     #: (height, hash) of shares that history no longer holds.
     pruned: tuple[tuple[int, bytes], ...] = ()
+    #: Hashes of Bitcoin blocks that no share of history builds on any more.
+    forgotten_blocks: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,8 +142,9 @@ class Sharechain:
     Mutable fields: ``_entries`` (hash to entry) and ``_by_height`` (the same entries by height); ``_main`` (the
     main chain from ``_base_height`` up, whose last is the tip); ``_scripts`` (one object per payout script);
     ``_facts`` (Bitcoin blocks by hash); ``_waiting`` (by share id) with its indexes ``_wanted`` (what is missing,
-    to share ids) and ``_early`` (a heap by time); the windows and payouts, which are caches. Invariant: every
-    entry's parent and uncles are entries, down to ``_base_height``; ``_main`` is linked by parents.
+    to share ids), ``_bodies`` (share hash to the ids that wait under it) and ``_early`` (a heap by time); the
+    windows and payouts, which are caches. Invariant: every entry's parent and uncles are entries, down to
+    ``_base_height``; ``_main`` is linked by parents.
     """
 
     def __init__(self, params: Params, *, max_waiting: int = MAX_WAITING, margin: int = PRUNE_MARGIN) -> None:
@@ -152,7 +159,9 @@ class Sharechain:
         self._margin = margin
         self._waiting: OrderedDict[bytes, _Waiting] = OrderedDict()
         self._wanted: dict[bytes, set[bytes]] = {}
+        self._bodies: dict[bytes, list[bytes]] = {}
         self._early: list[tuple[int, bytes]] = []
+        self._swept_height = 0
         self._dropped = 0
         self._tip_window = Window(params)
         self._side_window = Window(params)
@@ -172,7 +181,7 @@ class Sharechain:
 
     @property
     def checkable_height(self) -> int:
-        """The lowest height of a parent whose children can be checked: no window or median of theirs reaches the base."""
+        """The lowest height of a parent whose children can be checked: nothing that they need is below the base."""
         return self._base_height + self.params.window_max_shares + MEDIAN_SPAN + self.params.uncle_depth
 
     def __contains__(self, share_hash: bytes) -> bool:
@@ -313,7 +322,7 @@ class Sharechain:
             InvalidShare: it breaks a rule; the chain is as before.
         """
         check_alone(self.params, share)
-        identity = share_id(encode_share(share))
+        identity = share_id(share.encoded)
         if share.hash in self._entries or identity in self._waiting:
             return Duplicate()
         old_tip = self.tip
@@ -473,12 +482,22 @@ class Sharechain:
         for key in keys:
             self._wanted.setdefault(key, set()).add(identity)
         self._waiting[identity] = _Waiting(share=share, keys=keys)
+        bodies = self._bodies.setdefault(share.hash, [])
+        bodies.append(identity)
+        if len(bodies) > MAX_BODIES:
+            self._forget(bodies[0])
+            self._dropped += 1
         if len(self._waiting) > self._max_waiting:
             self._forget(next(iter(self._waiting)))
             self._dropped += 1
 
     def _forget(self, identity: bytes) -> _Waiting | None:
         waiting = self._waiting.pop(identity, None)
+        if waiting is not None:
+            bodies = self._bodies[waiting.share.hash]
+            bodies.remove(identity)
+            if not bodies:
+                del self._bodies[waiting.share.hash]
         for key in waiting.keys if waiting is not None else ():
             wanting = self._wanted.get(key)
             if wanting is not None:
@@ -512,6 +531,7 @@ class Sharechain:
             keep = 0 if fork is None else fork.height - self._base_height + 1
             disconnected = self._main[keep:][::-1]
             self._main[keep:] = connected[::-1]
+        pruned, forgotten = self._prune()
         return Accepted(
             added=tuple(added),
             old_tip=None if old_tip is None else old_tip.hash,
@@ -519,12 +539,14 @@ class Sharechain:
             disconnected=tuple(entry.hash for entry in disconnected),
             connected=tuple(entry.hash for entry in reversed(connected)),
             rejected=tuple(rejected),
-            pruned=self._prune(),
+            pruned=pruned,
+            forgotten_blocks=forgotten,
         )
 
-    def _prune(self) -> tuple[tuple[int, bytes], ...]:
+    def _prune(self) -> tuple[tuple[tuple[int, bytes], ...], tuple[bytes, ...]]:
+        """Forget history that nothing can need any more: (height, hash) of shares, and hashes of Bitcoin blocks."""
         if not self._main:
-            return ()
+            return (), ()
         base = self._main[-1].height - 2 * self.params.window_max_shares - self._margin
         pruned: list[tuple[int, bytes]] = []
         while self._base_height < base:
@@ -533,10 +555,24 @@ class Sharechain:
                 pruned.append((entry.height, entry.hash))
             self._base_height += 1
             for entry in self._by_height.get(self._base_height, ()):
+                # Lets go of everything below. No window reaches down here: see checkable_height.
                 entry.parent = None
-        if pruned:
-            del self._main[: self._base_height - self._main[0].height]
-            if self._base_height % 256 == 0:  # Bitcoin blocks that no share builds on any more
-                lowest = self._main[0].block_height - 2
-                self._facts = {h: facts for h, facts in self._facts.items() if facts.height >= lowest}
-        return tuple(pruned)
+                entry.uncles = ()
+        if not pruned:
+            return (), ()
+        del self._main[: self._base_height - self._main[0].height]
+        for window in (self._tip_window, self._side_window):
+            if window.oldest is not None and window.oldest.height <= self._base_height:
+                window.clear()  # was left behind on an old fork
+        return tuple(pruned), self._sweep()
+
+    def _sweep(self) -> tuple[bytes, ...]:
+        if self._base_height - self._swept_height < _SWEEP_INTERVAL:
+            return ()
+        self._swept_height = self._base_height
+        self._scripts = {entry.payout_script: entry.payout_script for entry in self._entries.values()}
+        lowest = min(entry.block_height for entry in self._entries.values()) - 1
+        forgotten = tuple(block for block, facts in self._facts.items() if facts.height < lowest)
+        for block in forgotten:
+            del self._facts[block]
+        return forgotten

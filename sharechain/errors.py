@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["DecodeError", "InvalidShare", "ParamsError", "SharechainError", "StoreError"]
+__all__ = ["DecodeError", "InvalidShare", "ParamsError", "SharechainError", "StoreError", "show_value"]
 
 
 class SharechainError(Exception):
@@ -45,3 +45,14 @@ class StoreError(SharechainError):
         super().__init__(f"{where}: {message}")
         self.where = where
         self.message = message
+
+
+def show_value(value: object) -> str:
+    """A value from untrusted bytes for an error message: never long, and never an error itself."""
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    if isinstance(value, int) and abs(value) < 2**256:
+        return str(value)
+    if isinstance(value, str):
+        return repr(value[:80])
+    return f"a {type(value).__name__}"  # a hostile number may be too large to print

@@ -15,7 +15,7 @@ from typing import Final
 
 import cbor2
 
-from sharechain.errors import DecodeError, ParamsError
+from sharechain.errors import DecodeError, ParamsError, show_value
 
 __all__ = ["BITCOIN_NETWORKS", "DUST", "MAX_MONEY", "MEDIAN_SPAN", "NETWORKS", "Params", "decode_params"]
 
@@ -158,7 +158,7 @@ _RANGES: Final[Mapping[str, tuple[int, int]]] = {
 def _check(params: Params) -> None:
     for key in ("name", "bitcoin_network"):
         if type(getattr(params, key)) is not str:
-            raise ParamsError(key, f"a text is needed, got {getattr(params, key)!r}")
+            raise ParamsError(key, f"a text is needed, got {show_value(getattr(params, key))}")
     if not params.name or len(params.name) > 64 or not params.name.isprintable():
         raise ParamsError("name", "1 to 64 printable characters are needed")
     if params.bitcoin_network not in BITCOIN_NETWORKS:
@@ -166,19 +166,19 @@ def _check(params: Params) -> None:
     for key, (least, most) in _RANGES.items():
         value = getattr(params, key)
         if type(value) is not int or not least <= value <= most:
-            raise ParamsError(key, f"an integer from {least} to {most} is needed, got {value!r}")
+            raise ParamsError(key, f"an integer from {least} to {most} is needed, got {show_value(value)}")
     for key in ("uncle_weight", "finder_bonus"):
         value = getattr(params, key)
         if type(value) is not tuple or len(value) != 2 or any(type(part) is not int for part in value):
-            raise ParamsError(key, f"a numerator and a denominator are needed, got {value!r}")
+            raise ParamsError(key, f"a numerator and a denominator are needed, got {show_value(value)}")
         if not 0 <= value[0] <= value[1] or not 0 < value[1] < 2**31:
-            raise ParamsError(key, f"a fraction from 0 to 1 is needed, got {value!r}")
+            raise ParamsError(key, f"a fraction from 0 to 1 is needed, got {show_value(value)}")
     classes = params.payout_classes
     if type(classes) is not tuple or not classes or any(type(size) is not int for size in classes):
-        raise ParamsError("payout_classes", f"a list of integers is needed, got {classes!r}")
+        raise ParamsError("payout_classes", f"a list of integers is needed, got {show_value(classes)}")
     if list(classes) != sorted(set(classes)) or not 2 <= classes[0] <= classes[-1] <= 2_000:
         # A class of 1 would let a finder choose, seed in hand, between all and nothing.
-        raise ParamsError("payout_classes", f"ascending integers from 2 to 2,000 are needed, got {classes!r}")
+        raise ParamsError("payout_classes", f"ascending integers from 2 to 2,000 are needed, got {show_value(classes)}")
     if params.bitcoin_network != "regtest" and params.block_target_divisor != 1:
         raise ParamsError("block_target_divisor", f"is 1 on {params.bitcoin_network}")
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import cbor2
 
-from sharechain.errors import DecodeError
+from sharechain.errors import DecodeError, show_value
 from sharechain.hasher import sha256d
 from sharechain.params import MAX_MONEY
 from sharechain.tagged import tagged_hash
@@ -87,6 +87,8 @@ class Share:
     hash: bytes = field(init=False, compare=False)
     #: Of the header's Bitcoin block (BIP34).
     block_height: int = field(init=False, compare=False)
+    #: Canonical CBOR: what goes over the wire and into the store.
+    encoded: bytes = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Check the shape, nothing contextual.
@@ -97,6 +99,7 @@ class Share:
         _check_shape(self)
         object.__setattr__(self, "hash", sha256d(self.header))
         object.__setattr__(self, "block_height", bip34_height(self.coinbase_script))
+        object.__setattr__(self, "encoded", _encode(self))
 
     @property
     def previous_block_hash(self) -> bytes:
@@ -140,21 +143,8 @@ def encode_data(data: ShareData) -> list[object]:
 
 
 def encode_share(share: Share) -> bytes:
-    """Canonical CBOR of a share.
-
-    Arrays, byte strings and integers have one shortest form, which cbor2 writes with or without its (slower)
-    canonical mode.
-    """
-    return cbor2.dumps(
-        [
-            share.header,
-            share.coinbase_script,
-            share.coinbase_value,
-            share.witness_commitment,
-            list(share.merkle_branch),
-            encode_data(share.data),
-        ]
-    )
+    """Canonical CBOR of a share."""
+    return share.encoded
 
 
 def decode_share(raw: bytes) -> Share:
@@ -192,7 +182,7 @@ def decode_share(raw: bytes) -> Share:
             payout_class=data[8],
         ),
     )
-    if encode_share(share) != raw:
+    if share.encoded != raw:
         raise DecodeError("not the canonical encoding")
     return share
 
@@ -265,6 +255,21 @@ def bip34_height(coinbase_script: bytes) -> int:
     return height
 
 
+def _encode(share: Share) -> bytes:
+    # Arrays, byte strings and integers have one shortest form, which cbor2 writes with or without its (slower)
+    # canonical mode.
+    return cbor2.dumps(
+        [
+            share.header,
+            share.coinbase_script,
+            share.coinbase_value,
+            share.witness_commitment,
+            list(share.merkle_branch),
+            encode_data(share.data),
+        ]
+    )
+
+
 def _check_shape(share: Share) -> None:
     data = share.data
     _check_bytes("header", share.header, 80, 80)
@@ -278,7 +283,7 @@ def _check_shape(share: Share) -> None:
         _check_bytes("merkle_branch", node, 32, 32)
     _check_int("version", data.version, 0xFFFF)
     if data.version != SHARE_VERSION:
-        raise DecodeError(f"version: {SHARE_VERSION} is known, got {data.version}")
+        raise DecodeError(f"version: {SHARE_VERSION} is known, got {show_value(data.version)}")
     _check_bytes("parent", data.parent, 32, 32)
     for uncle in data.uncles:
         _check_bytes("uncles", uncle, 32, 32)
@@ -294,13 +299,9 @@ def _check_shape(share: Share) -> None:
 
 def _check_bytes(name: str, value: object, least: int, most: int) -> None:
     if type(value) is not bytes or not least <= len(value) <= most:
-        raise DecodeError(f"{name}: {least} to {most} bytes are needed, got {_shown(value)}")
+        raise DecodeError(f"{name}: {least} to {most} bytes are needed, got {show_value(value)}")
 
 
 def _check_int(name: str, value: object, most: int) -> None:
     if type(value) is not int or not 0 <= value <= most:
-        raise DecodeError(f"{name}: an integer from 0 to {most} is needed, got {_shown(value)}")
-
-
-def _shown(value: object) -> str:
-    return f"{len(value)} bytes" if isinstance(value, bytes) else repr(value)[:80]
+        raise DecodeError(f"{name}: an integer from 0 to {most} is needed, got {show_value(value)}")

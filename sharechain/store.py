@@ -25,7 +25,7 @@ import cbor2
 from sharechain.chain import Accepted
 from sharechain.errors import DecodeError, StoreError
 from sharechain.params import Params, decode_params
-from sharechain.share import Share, decode_share, encode_share
+from sharechain.share import Share, decode_share
 from sharechain.validate import BlockFacts
 
 __all__ = ["SCHEMA", "Database", "Store", "StoredShare", "read_params"]
@@ -118,7 +118,10 @@ class Store:
         sequence = self._database.get(_SEQUENCE_KEY)
         if sequence is None:
             raise StoreError("m/sequence", "missing: the database is damaged")
-        self.sequence = int(_decode("m/sequence", sequence))
+        number = _decode("m/sequence", sequence)
+        if type(number) is not int:
+            raise StoreError("m/sequence", f"not a number: {type(number).__name__}")
+        self.sequence = number
 
     def write(
         self,
@@ -143,12 +146,14 @@ class Store:
         for block_hash, fact in (facts or {}).items():
             batch.put(b"b" + block_hash, _encode([fact.height, fact.next_bits]))
         for share in change.added:
-            record = [encode_share(share), first_seen_ms, outcomes.get(share.hash)]
+            record = [share.encoded, first_seen_ms, outcomes.get(share.hash)]
             batch.put(b"s" + share.hash, _encode(record))
             batch.put(_height_key(share.data.height, share.hash), _seal(b""))
         for height, share_hash in change.pruned:
             batch.delete(b"s" + share_hash)
             batch.delete(_height_key(height, share_hash))
+        for block_hash in change.forgotten_blocks:
+            batch.delete(b"b" + block_hash)
         if change.new_tip is not None:
             batch.put(_TIP_KEY, _seal(change.new_tip))
         self._commit(batch)
@@ -158,7 +163,7 @@ class Store:
         stored = self.share(share_hash)
         if stored is None:
             return
-        record = [encode_share(stored.share), stored.first_seen_ms, outcome]
+        record = [stored.share.encoded, stored.first_seen_ms, outcome]
         batch = self._database.write_batch(transaction=False, sync=sync)
         batch.put(b"s" + share_hash, _encode(record))
         self._commit(batch)
@@ -235,8 +240,10 @@ def _height_key(height: int, share_hash: bytes) -> bytes:
 def _stored_share(share_hash: bytes, raw: bytes) -> StoredShare:
     where = f"s/{share_hash[::-1].hex()}"
     value = _decode(where, raw)
-    if type(value) is not list or len(value) != 3 or type(value[1]) is not int:
+    if type(value) is not list or len(value) != 3 or type(value[0]) is not bytes or type(value[1]) is not int:
         raise StoreError(where, "not a share record")
+    if value[2] is not None and type(value[2]) is not str:
+        raise StoreError(where, "not a share record: the outcome is no text")
     try:
         share = decode_share(value[0])
     except DecodeError as error:

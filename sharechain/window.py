@@ -95,7 +95,7 @@ class Window:
     def _follow(self, tip: ChainEntry | None) -> None:
         units = self._units
         if tip is None:
-            self._clear()
+            self.clear()
             return
         joined: list[ChainEntry] = []
         entry: ChainEntry | None = tip
@@ -106,7 +106,7 @@ class Window:
                 joined.append(entry)
                 entry = entry.parent
         if not units or entry is None:  # no common share inside: start from the new tip
-            self._clear()
+            self.clear()
             joined = [tip]
         for entry in reversed(joined):
             units.append(entry)
@@ -122,7 +122,9 @@ class Window:
         for script, weight in unit_parts(self._params, entry):
             self.table.add(script, -weight)
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Make this an empty window again."""
         self._units.clear()
         self._work = 0
+        self._cut = []
         self.table = WeightTable()

@@ -9,6 +9,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from sharechain.tagged import tagged_hash
+
 IMPLEMENTATION = "python"
 
 HEADER_BYTES = 80
@@ -53,9 +55,7 @@ def check_headers(headers: Sequence[bytes], targets: Sequence[int]) -> list[bool
     Raises as `meets_target`, and `ValueError` unless there are as many targets as headers.
     """
     if len(headers) != len(targets):
-        raise ValueError(
-            f"as many targets as headers, got {len(headers)} headers and {len(targets)} targets"
-        )
+        raise ValueError(f"as many targets as headers, got {len(headers)} headers and {len(targets)} targets")
     return [meets_target(header, target) for header, target in zip(headers, targets, strict=True)]
 
 
@@ -108,9 +108,7 @@ class ScanResult:
     """The number of nonces tried, the found one included."""
 
 
-def scan_nonces(
-    header: bytes, start: int, count: int, target: int, stop: StopFlag | None = None
-) -> ScanResult:
+def scan_nonces(header: bytes, start: int, count: int, target: int, stop: StopFlag | None = None) -> ScanResult:
     """Mines: tries the nonces `start` to `start + count - 1` in order and ends at the first that meets the target.
 
     `header` is 80 bytes, of which the last four, the nonce, are ignored; `target` is in 0..2^256 - 1. `stop` is
@@ -157,7 +155,7 @@ class WeightTable:
 
     Mutable fields: `_weights`, without zeros, and `_total`, which is their sum and below 2^128.
 
-    One thread at a time: the extension's table raises `RuntimeError` where two meet.
+    For one thread at a time. The extension keeps the interpreter lock in all methods, the draw included.
     """
 
     __slots__ = ("_total", "_weights")
@@ -176,13 +174,9 @@ class WeightTable:
             raise OverflowError(f"a weight is below 2^128, got {weight}")
         present = self._weights.get(script, 0)
         if present + weight < 0:
-            raise ValueError(
-                f"a weight must not fall below 0, got {weight} for a script of weight {present}"
-            )
+            raise ValueError(f"a weight must not fall below 0, got {weight} for a script of weight {present}")
         if self._total + weight >= WEIGHT_LIMIT:
-            raise OverflowError(
-                f"the total weight stays below 2^128, got {weight} on top of {self._total}"
-            )
+            raise OverflowError(f"the total weight stays below 2^128, got {weight} on top of {self._total}")
         self._total += weight
         if present + weight:
             self._weights[script] = present + weight
@@ -213,7 +207,7 @@ class WeightTable:
         return table
 
     def draw(self, value: int, payout_class: int, min_payout: int, dust: int, seed: bytes) -> Draw:
-        """Shares `value` out by weight in at most `payout_class` outputs: large entitlements exactly, small ones by lot.
+        """Shares `value` out by weight in at most `payout_class` outputs: large entitlements exactly, small by lot.
 
         A coinbase has room for few outputs and the window has many scripts. Paying only the largest would rob the
         small miners; so their entitlements are pooled and paid in equal lots to a few of them, each winning as often
@@ -237,12 +231,14 @@ class WeightTable:
         *Nobody is hit twice.* If S >= t then L <= S / t, so the points are S / L >= t apart, and each small stretch
         is shorter than t. If S < t there is one point only.
 
-        *The lots are fair.* A pair of an offset o in 0..S - 1 and a point number m in 0..L - 1 gives the point
-        o + m * S, and each of the integers 0..L * S - 1 is given by exactly one pair. The stretch of a script entitled
-        to e covers L * e of them, so over all S offsets it is hit L * e times, at most once per offset: it wins with
-        probability L * e / S exactly, and L * e / S * floor(S / L) is e but for the rounding of the lot. (The offset
-        is 256 bits modulo S < 2^63: the bias is below 2^-193.) The order, being hashed anew with each seed, makes any
-        two scripts' luck independent of their neighbours; no fairness rests on it.
+        *The lots are fair.* A pair of an offset o in 0..S - 1 and a point number m in 0..L - 1 gives the point o +
+        m * S, and each of the integers 0..L * S - 1 is given by exactly one pair. The stretch of a script entitled
+        to e covers L * e of them, so over all S offsets it is hit L * e times, at most once per offset: it wins
+        with probability L * e / S exactly, and L * e / S * floor(S / L) is e but for the rounding of the lot. (The
+        offset is S times a 256-bit fraction, S < 2^63: the bias is below 2^-193. Taken modulo S instead, it would
+        be another one for each satoshi that a finder leaves out of its coinbase, and could be chosen for next to
+        nothing.) The order, being hashed anew with each seed, makes any two scripts' luck independent of their
+        neighbours; no fairness rests on it.
 
         *What is not paid out*, the roundings and a pool below `dust`, is left to the caller: `value - paid`.
 
@@ -268,15 +264,14 @@ class WeightTable:
         pool = sum(small.values())
         lots = count_lots(pool, threshold, dust)
         if lots:
-            offset = int.from_bytes(_tagged_hash("p2pool/offset", seed), "big") % pool
+            offset = pool * int.from_bytes(tagged_hash("p2pool/offset", seed), "big") >> 256
             lot = pool // lots
             for script in draw_winners(small, lots, offset, seed):
                 amounts[script] = lot
         paid = sorted(amounts.items(), key=lambda output: (-output[1], output[0]))
         return Draw(
             outputs=b"".join(
-                amount.to_bytes(8, "little") + _compact_size(len(script)) + script
-                for script, amount in paid
+                amount.to_bytes(8, "little") + _compact_size(len(script)) + script for script, amount in paid
             ),
             count=len(paid),
             paid=sum(amounts.values()),
@@ -356,12 +351,6 @@ def _require_header(header: bytes) -> None:
 def _require_target(target: int) -> None:
     if not 0 <= target <= MAX_TARGET:
         raise OverflowError(f"a target is in 0..2^256 - 1, got {target}")
-
-
-def _tagged_hash(tag: str, message: bytes) -> bytes:
-    """The tagged hash of BIP 340."""
-    tag_hash = hashlib.sha256(tag.encode()).digest()
-    return hashlib.sha256(tag_hash + tag_hash + message).digest()
 
 
 def _compact_size(length: int) -> bytes:

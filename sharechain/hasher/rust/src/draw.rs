@@ -3,8 +3,10 @@
 //! `sharechain/hasher/twin.py` holds the same algorithm with the reasoning behind it; the tests compare the two.
 #![forbid(unsafe_code)]
 
-use crate::sha256::{Engine, tagged_hash};
+use crate::buckets::order_by_bucket;
+use crate::sha256::{Engine, sha256, tagged_hash};
 use crate::weights::{Payee, WeightTable};
+use std::cmp::Ordering;
 
 /// What a draw is held to. All amounts are satoshis below 2^63; all but `value` are at least 1.
 pub struct Terms {
@@ -37,21 +39,54 @@ pub fn draw(table: &WeightTable, terms: &Terms, seed: &[u8]) -> Option<Draw> {
     let entitled = Share::new(terms.value, table.total()).entitlements(payees);
     let threshold = threshold(&entitled, terms);
 
-    let mut paid: Vec<(u64, &[u8])> =
-        Vec::with_capacity(payees.len().min(terms.payout_class as usize));
-    let mut small: Vec<(u64, &[u8])> = Vec::with_capacity(payees.len());
+    let mut paid: Vec<Output> = Vec::with_capacity(payees.len().min(terms.payout_class as usize));
+    let mut small = Small {
+        amounts: Vec::with_capacity(payees.len()),
+        scripts: Vec::with_capacity(payees.len()),
+    };
     for (payee, &amount) in payees.iter().zip(&entitled) {
         if amount >= threshold {
-            paid.push((amount, &payee.script));
+            paid.push(Output::new(amount, &payee.script));
         } else if amount > 0 {
-            small.push((amount, &payee.script));
+            small.amounts.push(amount);
+            small.scripts.push(&payee.script);
         }
     }
-    draw_lots(&small, threshold, terms.dust, seed, &mut paid);
-    paid.sort_unstable_by(|(amount, script), (other, other_script)| {
-        other.cmp(amount).then_with(|| script.cmp(other_script))
-    });
+    small.draw_lots(threshold, terms.dust, seed, &mut paid);
+    paid.sort_unstable_by(Output::compare);
     Some(serialise(&paid, threshold))
+}
+
+/// An amount and the script that it is paid to.
+struct Output<'a> {
+    amount: u64,
+    /// The first eight bytes of the script as a number, which decide nearly all comparisons.
+    head: u64,
+    script: &'a [u8],
+}
+
+impl<'a> Output<'a> {
+    fn new(amount: u64, script: &'a [u8]) -> Output<'a> {
+        let head = script
+            .iter()
+            .chain([0; 8].iter())
+            .take(8)
+            .fold(0, |head, &byte| head << 8 | byte as u64);
+        Output {
+            amount,
+            head,
+            script,
+        }
+    }
+
+    /// The largest amount first, equal amounts by script. A shorter script comes before its continuations, and so
+    /// does its head, filled up with zeros, or the heads are equal.
+    fn compare(&self, other: &Output) -> Ordering {
+        let amounts = other.amount.cmp(&self.amount);
+        amounts
+            .then(self.head.cmp(&other.head))
+            .then_with(|| self.script.cmp(other.script))
+    }
 }
 
 /// `weight * value / total`, rounded down, for many weights: a division each would cost more than all else here
@@ -100,6 +135,14 @@ impl Share {
     /// `weight / 2^shift < 1`: it is right or one too small, which the remainder tells.
     #[inline]
     fn of(&self, weight: u128) -> u64 {
+        if self.shift < 64 {
+            // The remainder is below 2 * total < 2^64, so the lower halves of the products tell it.
+            let weight = weight as u64;
+            let estimate = ((weight as u128 * self.reciprocal as u128) >> self.shift) as u64;
+            let taken = estimate.wrapping_mul(self.total as u64);
+            let remainder = weight.wrapping_mul(self.value).wrapping_sub(taken);
+            return estimate + (remainder >= self.total as u64) as u64;
+        }
         let (high, low) = multiply(weight, self.reciprocal);
         let estimate = if self.shift == 128 {
             high
@@ -167,66 +210,83 @@ fn threshold(entitled: &[u64], terms: &Terms) -> u64 {
     unreachable!("a threshold above all entitlements needs at most one output");
 }
 
-/// Draws lots among the small entitlements and adds the winners to `paid`.
-///
-/// In a random order each entitlement covers a stretch of a line of length `sum`; the line is repeated `lots` times
-/// as fine, and points at distance `sum` from a random offset pick the winners.
-fn draw_lots<'a>(
-    small: &[(u64, &'a [u8])],
-    threshold: u64,
-    dust: u64,
-    seed: &[u8],
-    paid: &mut Vec<(u64, &'a [u8])>,
-) {
-    let sum: u64 = small.iter().map(|(amount, _)| amount).sum();
-    let lots = lots(sum, threshold, dust);
-    if lots == 0 {
-        return;
-    }
-    let lot = sum / lots;
-    let mut point = remainder(&tagged_hash("p2pool/offset", seed), sum) as u128;
-    let mut reached = 0u128;
-    for i in drawing_order(small, seed) {
-        let (amount, script) = small[i as usize];
-        reached += lots as u128 * amount as u128;
-        if point < reached {
-            paid.push((lot, script));
-            point += sum as u128;
-            debug_assert!(point >= reached, "an entitlement was drawn twice");
+/// The entitlements below the threshold but for those of 0, and their scripts.
+struct Small<'a> {
+    amounts: Vec<u64>,
+    scripts: Vec<&'a [u8]>,
+}
+
+impl<'a> Small<'a> {
+    /// Draws lots and adds the winners to `paid`.
+    ///
+    /// In a random order each entitlement covers a stretch of a line of length `sum`; the line is repeated `lots`
+    /// times as fine, and points at distance `sum` from a random offset pick the winners.
+    fn draw_lots(&self, threshold: u64, dust: u64, seed: &[u8], paid: &mut Vec<Output<'a>>) {
+        let sum: u64 = self.amounts.iter().sum();
+        let lots = lots(sum, threshold, dust);
+        if lots == 0 {
+            return;
+        }
+        let lot = sum / lots;
+        let mut point = part_of(sum, &tagged_hash("p2pool/offset", seed)) as u128;
+        let mut reached = 0u128;
+        for i in self.drawing_order(seed) {
+            reached += lots as u128 * self.amounts[i as usize] as u128;
+            if point < reached {
+                paid.push(Output::new(lot, self.scripts[i as usize]));
+                point += sum as u128;
+                debug_assert!(point >= reached, "an entitlement was drawn twice");
+            }
         }
     }
+
+    /// The positions in ascending order of SHA-256(seed || script).
+    ///
+    /// The hashes are spread evenly, so a bucket for each value of their first bits sorts them nearly; an insertion
+    /// sort does the rest. The first 64 bits of two hashes are hardly ever equal.
+    fn drawing_order(&self, seed: &[u8]) -> Vec<u32> {
+        let mut keys = vec![0u64; self.scripts.len()];
+        Engine::best().digest_all(seed, &self.scripts, |i, digest| {
+            keys[i] = (digest[0] as u64) << 32 | digest[1] as u64;
+        });
+        let bits = keys.len().ilog2() + 1;
+        let mut order = order_by_bucket(keys.len(), 1 << bits, |i| {
+            (keys[i] >> (u64::BITS - bits)) as usize
+        });
+        let digest = |i: u32| sha256(&[seed, self.scripts[i as usize]].concat());
+        let is_after = |i: u32, j: u32| match keys[i as usize].cmp(&keys[j as usize]) {
+            Ordering::Equal => digest(i) > digest(j),
+            unequal => unequal.is_gt(),
+        };
+        for end in 1..order.len() {
+            let moved = order[end];
+            let mut place = end;
+            while place > 0 && is_after(order[place - 1], moved) {
+                order[place] = order[place - 1];
+                place -= 1;
+            }
+            order[place] = moved;
+        }
+        order
+    }
 }
 
-/// The positions of `small` in ascending order of SHA-256(seed || script).
-fn drawing_order(small: &[(u64, &[u8])], seed: &[u8]) -> Vec<u32> {
-    let scripts: Vec<&[u8]> = small.iter().map(|&(_, script)| script).collect();
-    let digests = Engine::best().digest_all(seed, &scripts);
-    let mut keyed: Vec<(u64, u32)> = (0u32..)
-        .zip(&digests)
-        .map(|(i, digest)| ((digest[0] as u64) << 32 | digest[1] as u64, i))
-        .collect();
-    keyed.sort_unstable_by(|(key, i), (other, j)| {
-        key.cmp(other)
-            .then_with(|| digests[*i as usize].cmp(&digests[*j as usize]))
-    });
-    keyed.into_iter().map(|(_, i)| i).collect()
+/// `range` scaled by a big-endian 256-bit fraction: floor(range * fraction / 2^256), below `range`.
+fn part_of(range: u64, fraction: &[u8; 32]) -> u64 {
+    let (words, _) = fraction.as_chunks::<8>();
+    words.iter().rev().fold(0, |carry, word| {
+        ((range as u128 * u64::from_be_bytes(*word) as u128 + carry as u128) >> 64) as u64
+    })
 }
 
-/// A big-endian 256-bit number modulo `modulus`.
-fn remainder(number: &[u8; 32], modulus: u64) -> u64 {
-    number.iter().fold(0u128, |rest, &byte| {
-        (rest << 8 | byte as u128) % modulus as u128
-    }) as u64
-}
-
-fn serialise(paid: &[(u64, &[u8])], threshold: u64) -> Draw {
+fn serialise(paid: &[Output], threshold: u64) -> Draw {
     let mut draw = Draw {
         outputs: Vec::with_capacity(paid.len() * 43),
         count: paid.len(),
         paid: 0,
         threshold,
     };
-    for &(amount, script) in paid {
+    for &Output { amount, script, .. } in paid {
         draw.paid += amount;
         draw.outputs.extend(amount.to_le_bytes());
         match script.len() {

@@ -1,7 +1,7 @@
 //! Proof of work: header hashes against targets, merkle branches and the nonce scan.
 #![forbid(unsafe_code)]
 
-use crate::sha256::{Engine, INITIAL, LANES, LaneBlock, LaneState, sha256d};
+use crate::sha256::{Engine, INITIAL, LANES, LaneBlock, LaneState, bytes_of, sha256d};
 use sha2::block_api::compress256;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -26,32 +26,15 @@ pub fn meets_target(header: &Header, target: &Target) -> bool {
 /// [`meets_target`] of each header and the target beside it.
 pub fn check_headers(headers: &[Header], targets: &[Target]) -> Vec<bool> {
     let engine = Engine::best();
-    let mut met = Vec::with_capacity(headers.len());
-    for (headers, targets) in headers.chunks(1024).zip(targets.chunks(1024)) {
-        let views: Vec<&[u8]> = headers.iter().map(|header| header.as_slice()).collect();
-        let inner: Vec<[u8; 32]> = engine
-            .digest_all(&[], &views)
-            .iter()
-            .map(to_bytes)
-            .collect();
-        let views: Vec<&[u8]> = inner.iter().map(|hash| hash.as_slice()).collect();
-        let hashes = engine.digest_all(&[], &views);
-        met.extend(
-            hashes
-                .iter()
-                .zip(targets)
-                .map(|(hash, target)| is_at_most(&to_bytes(hash), target)),
-        );
-    }
+    let mut met = vec![false; headers.len()];
+    let views: Vec<&[u8]> = headers.iter().map(|header| header.as_slice()).collect();
+    let mut inner = vec![[0; 32]; headers.len()];
+    engine.digest_all(&[], &views, |i, digest| inner[i] = bytes_of(&digest));
+    let views: Vec<&[u8]> = inner.iter().map(|hash| hash.as_slice()).collect();
+    engine.digest_all(&[], &views, |i, hash| {
+        met[i] = is_at_most(&bytes_of(&hash), &targets[i])
+    });
     met
-}
-
-fn to_bytes(words: &[u32; 8]) -> [u8; 32] {
-    let mut bytes = [0; 32];
-    for (chunk, word) in bytes.chunks_exact_mut(4).zip(words) {
-        chunk.copy_from_slice(&word.to_be_bytes());
-    }
-    bytes
 }
 
 /// The merkle root over `leaf`, whose siblings are `branch`, lowest first, each on the right-hand side.
@@ -152,7 +135,7 @@ impl Scan {
             return None;
         }
         (0..lanes)
-            .find(|&lane| is_at_most(&to_bytes(&state.map(|words| words[lane])), &self.target))
+            .find(|&lane| is_at_most(&bytes_of(&state.map(|words| words[lane])), &self.target))
     }
 }
 

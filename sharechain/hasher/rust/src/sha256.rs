@@ -7,11 +7,15 @@
 //!
 //! Where the processor has SHA instructions but no AVX-512, the `sha2` crate does the lanes one after another.
 
+use crate::buckets::order_by_bucket;
 use sha2::block_api::compress256;
 use sha2::{Digest, Sha256};
 
 /// Messages hashed side by side.
 pub const LANES: usize = 16;
+
+/// Messages from this length on are rare, and sorted apart from the others.
+const LONG: usize = 128;
 
 /// One 32-bit word of each lane.
 pub type Words = [u32; LANES];
@@ -255,80 +259,108 @@ impl Engine {
         }
     }
 
-    /// SHA-256(prefix || message) of every message, as eight big-endian words each, in the order given.
-    pub fn digest_all(self, prefix: &[u8], messages: &[&[u8]]) -> Vec<[u32; 8]> {
-        let mut digests = vec![[0; 8]; messages.len()];
+    /// Calls `visit` with the position of each message and SHA-256(prefix || message) as eight big-endian words. The
+    /// order of the calls is unspecified.
+    pub fn digest_all(
+        self,
+        prefix: &[u8],
+        messages: &[&[u8]],
+        mut visit: impl FnMut(usize, [u32; 8]),
+    ) {
+        // Lanes are filled by whole words, so the messages must begin at one.
+        if self.0 == Kind::OneByOne || !prefix.len().is_multiple_of(4) {
+            let start = Sha256::new_with_prefix(prefix);
+            for (i, message) in messages.iter().enumerate() {
+                visit(
+                    i,
+                    words_of(&start.clone().chain_update(message).finalize().into()),
+                );
+            }
+            return;
+        }
         let (whole, rest) = prefix.as_chunks::<64>();
         let mut midstate = INITIAL;
         compress256(&mut midstate, whole);
+        let (rest, _) = rest.as_chunks::<4>();
+        let mut first = [[0; LANES]; 16];
+        for (lanes, word) in first.iter_mut().zip(rest) {
+            *lanes = [u32::from_be_bytes(*word); LANES];
+        }
 
-        // Lanes run in step, so messages are taken by their number of blocks.
-        let blocks_of = |message: &[u8]| (rest.len() + message.len() + 9).div_ceil(64);
-        let mut order: Vec<u32> = (0..messages.len() as u32).collect();
-        order.sort_by_key(|&i| blocks_of(messages[i as usize]));
-        let mut bytes = [[0u8; 64]; LANES];
-        for same in order
-            .chunk_by(|&i, &j| blocks_of(messages[i as usize]) == blocks_of(messages[j as usize]))
-        {
-            let blocks = blocks_of(messages[same[0] as usize]);
+        // Lanes run in step, so messages are taken by their number of blocks. Sorting by the length itself makes the
+        // processor's branch prediction right nearly always.
+        let mut order = order_by_bucket(messages.len(), LONG + 1, |i| messages[i].len().min(LONG));
+        let long = order.partition_point(|&i| messages[i as usize].len() < LONG);
+        order[long..].sort_unstable_by_key(|&i| messages[i as usize].len());
+        let blocks_of = |i: u32| (rest.len() * 4 + messages[i as usize].len() + 9).div_ceil(64);
+        let mut order = order.as_slice();
+        while let [shortest, ..] = *order {
+            let blocks = blocks_of(shortest);
+            let (same, longer) = order.split_at(order.partition_point(|&i| blocks_of(i) == blocks));
+            order = longer;
             for chunk in same.chunks(LANES) {
                 let mut state = midstate.map(|word| [word; LANES]);
-                for block in 0..blocks {
+                for number in 0..blocks {
+                    let mut block = if number == 0 { first } else { [[0; LANES]; 16] };
                     for (lane, &i) in chunk.iter().enumerate() {
-                        fill_block(
-                            &mut bytes[lane],
-                            block,
-                            prefix.len(),
-                            rest,
-                            messages[i as usize],
-                        );
+                        let message = messages[i as usize];
+                        fill_lane(&mut block, lane, number * 16, rest.len(), message);
+                        if number + 1 == blocks {
+                            let bits = (prefix.len() + message.len()) as u64 * 8;
+                            block[14][lane] = (bits >> 32) as u32;
+                            block[15][lane] = bits as u32;
+                        }
                     }
-                    self.compress(&mut state, &transpose(&bytes));
+                    self.compress(&mut state, &block);
                 }
                 for (lane, &i) in chunk.iter().enumerate() {
-                    digests[i as usize] = state.map(|words| words[lane]);
+                    visit(i as usize, std::array::from_fn(|word| state[word][lane]));
                 }
             }
         }
-        digests
     }
 }
 
-/// Writes block number `block` of the padded message `rest || message`, whose first `prefix_len - rest.len()` bytes
-/// are compressed already.
+/// Writes the part of `message` and of its terminating bit that lies in the sixteen words from word `from` on of a
+/// stream in which the message begins at word `begin`, which is below 16.
 #[inline]
-fn fill_block(out: &mut [u8; 64], block: usize, prefix_len: usize, rest: &[u8], message: &[u8]) {
-    out.fill(0);
-    let len = rest.len() + message.len();
-    let start = block * 64;
-    if start < rest.len() {
-        // `rest` is shorter than a block.
-        out[..rest.len()].copy_from_slice(rest);
+fn fill_lane(block: &mut LaneBlock, lane: usize, from: usize, begin: usize, message: &[u8]) {
+    let first = begin.saturating_sub(from);
+    let mut rest = message
+        .get((from + first - begin) * 4..)
+        .unwrap_or_default();
+    for lanes in &mut block[first..] {
+        let Some((word, behind)) = rest.split_first_chunk::<4>() else {
+            break;
+        };
+        lanes[lane] = u32::from_be_bytes(*word);
+        rest = behind;
     }
-    let offset = rest.len().saturating_sub(start);
-    let from = (start + offset - rest.len()).min(message.len());
-    let to = (start + 64 - rest.len()).min(message.len());
-    out[offset..offset + to - from].copy_from_slice(&message[from..to]);
-    if (start..start + 64).contains(&len) {
-        out[len - start] = 0x80;
-    }
-    if start + 64 >= len + 9 {
-        let bits = (prefix_len + message.len()) as u64 * 8;
-        out[56..].copy_from_slice(&bits.to_be_bytes());
+    let end = begin + message.len() / 4;
+    if (from..from + 16).contains(&end) {
+        let last = match *rest {
+            [a] => [a, 0x80, 0, 0],
+            [a, b] => [a, b, 0x80, 0],
+            [a, b, c] => [a, b, c, 0x80],
+            _ => [0x80, 0, 0, 0],
+        };
+        block[end - from][lane] = u32::from_be_bytes(last);
     }
 }
 
-/// Sixteen blocks as bytes to one block of each lane by word.
-#[inline]
-fn transpose(bytes: &[[u8; 64]; LANES]) -> LaneBlock {
-    let mut block = [[0; LANES]; 16];
-    for (lane, bytes) in bytes.iter().enumerate() {
-        let (words, _) = bytes.as_chunks::<4>();
-        for (words_of, word) in block.iter_mut().zip(words) {
-            words_of[lane] = u32::from_be_bytes(*word);
-        }
+/// A digest as eight big-endian words.
+fn words_of(digest: &[u8; 32]) -> [u32; 8] {
+    let (words, _) = digest.as_chunks::<4>();
+    std::array::from_fn(|i| u32::from_be_bytes(words[i]))
+}
+
+/// Eight big-endian words as a digest.
+pub fn bytes_of(words: &[u32; 8]) -> [u8; 32] {
+    let mut bytes = [0; 32];
+    for (chunk, word) in bytes.chunks_exact_mut(4).zip(words) {
+        chunk.copy_from_slice(&word.to_be_bytes());
     }
-    block
+    bytes
 }
 
 /// SHA-256 of one message.
@@ -367,25 +399,37 @@ mod tests {
         let messages: Vec<Vec<u8>> = (0..200).map(|i| pattern(i, i as u8)).collect();
         let views: Vec<&[u8]> = messages.iter().map(Vec::as_slice).collect();
         for engine in Engine::available() {
-            for prefix_len in [0, 1, 31, 32, 55, 56, 63, 64, 65, 128, 200] {
+            for prefix_len in [0, 1, 4, 31, 32, 52, 56, 60, 63, 64, 65, 128, 200] {
                 let prefix = pattern(prefix_len, 7);
-                for (message, digest) in messages.iter().zip(engine.digest_all(&prefix, &views)) {
-                    let whole = [prefix.as_slice(), message].concat();
-                    let got: Vec<u8> = digest.iter().flat_map(|word| word.to_be_bytes()).collect();
+                let mut seen = 0;
+                engine.digest_all(&prefix, &views, |i, digest| {
+                    let whole = [prefix.as_slice(), views[i]].concat();
                     assert_eq!(
-                        got,
+                        bytes_of(&digest),
                         sha256(&whole),
-                        "{engine:?}, {prefix_len} + {}",
-                        message.len()
+                        "{engine:?}, {prefix_len} + {i}"
                     );
-                }
+                    seen += 1;
+                });
+                assert_eq!(seen, views.len());
             }
         }
     }
 
     #[test]
+    fn test_lanes_one_by_one_equal_the_portable_ones() {
+        let block: LaneBlock =
+            std::array::from_fn(|i| std::array::from_fn(|lane| (i * 77 + lane) as u32));
+        let mut state = INITIAL.map(|word| [word; LANES]);
+        let mut other = state;
+        Engine(Kind::Portable).compress(&mut state, &block);
+        Engine(Kind::OneByOne).compress(&mut other, &block);
+        assert_eq!(state, other);
+    }
+
+    #[test]
     fn test_no_messages_no_digests() {
-        assert!(Engine::best().digest_all(b"seed", &[]).is_empty());
+        Engine::best().digest_all(b"seed", &[], |_, _| panic!("a digest of no message"));
     }
 
     #[test]

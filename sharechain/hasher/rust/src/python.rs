@@ -1,0 +1,337 @@
+//! The Python bindings of `sharechain._native`. No Python type is used in any other file.
+//!
+//! `sharechain/hasher/__init__.py` documents the interface and `sharechain/hasher/twin.py` is its reference.
+use crate::{draw, headers, sha256, weights};
+use pyo3::exceptions::{PyOverflowError, PyValueError};
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyBytes, PyInt};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+const NONCES: u64 = 1 << 32;
+
+/// From this length on Python's hashlib is faster than the `sha2` crate: OpenSSL hashes one message in assembly with
+/// AVX2, twice as fast, but a call of it costs more.
+const LONG_MESSAGE: usize = 1024;
+
+fn header_of(bytes: &[u8]) -> PyResult<headers::Header> {
+    bytes
+        .try_into()
+        .map_err(|_| PyValueError::new_err(format!("a header has 80 bytes, got {}", bytes.len())))
+}
+
+fn hash_of(bytes: &[u8]) -> PyResult<[u8; 32]> {
+    bytes
+        .try_into()
+        .map_err(|_| PyValueError::new_err(format!("a hash has 32 bytes, got {}", bytes.len())))
+}
+
+/// The integer as `N` little-endian bytes, by Python's own `int.to_bytes`, for the stable ABI has no such call.
+fn little_endian<const N: usize>(number: &Bound<'_, PyInt>) -> PyResult<[u8; N]> {
+    let py = number.py();
+    let bytes = number.call_method1(intern!(py, "to_bytes"), (N, intern!(py, "little")))?;
+    Ok(bytes.cast::<PyBytes>()?.as_bytes().try_into()?)
+}
+
+fn target_of(number: &Bound<'_, PyInt>) -> PyResult<headers::Target> {
+    little_endian(number)
+        .map_err(|_| PyOverflowError::new_err(format!("a target is in 0..2^256 - 1, got {number}")))
+}
+
+/// A count or amount in 0..2^63.
+fn amount_of(name: &str, number: &Bound<'_, PyInt>) -> PyResult<u64> {
+    match number.extract::<i64>() {
+        Ok(amount) if amount >= 0 => Ok(amount as u64),
+        _ => Err(PyOverflowError::new_err(format!(
+            "{name} is in 0..2^63 - 1, got {number}"
+        ))),
+    }
+}
+
+/// A weight as its absolute value and whether it is negative. Nearly all fit the first, cheapest conversion.
+fn magnitude_of(weight: &Bound<'_, PyInt>) -> PyResult<(u128, bool)> {
+    if let Ok(small) = weight.extract::<i64>() {
+        return Ok((small.unsigned_abs() as u128, small < 0));
+    }
+    if let Ok(large) = weight.extract::<i128>() {
+        return Ok((large.unsigned_abs(), large < 0));
+    }
+    let magnitude = weight.call_method0(intern!(weight.py(), "__abs__"))?;
+    let bytes = little_endian::<16>(magnitude.cast()?)
+        .map_err(|_| PyOverflowError::new_err(format!("a weight is below 2^128, got {weight}")))?;
+    Ok((u128::from_le_bytes(bytes), weight.lt(0)?))
+}
+
+#[pyfunction]
+fn sha256d<'py>(py: Python<'py>, data: &Bound<'py, PyBytes>) -> PyResult<Bound<'py, PyAny>> {
+    static SHA256: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    let bytes = data.as_bytes();
+    if bytes.len() < LONG_MESSAGE {
+        return Ok(PyBytes::new(py, &sha256::sha256d(bytes)).into_any());
+    }
+    let inner = SHA256
+        .import(py, "hashlib", "sha256")?
+        .call1((data,))?
+        .call_method0(intern!(py, "digest"))?;
+    Ok(PyBytes::new(py, &sha256::sha256(inner.cast::<PyBytes>()?.as_bytes())).into_any())
+}
+
+#[pyfunction]
+fn meets_target(header: &[u8], target: &Bound<'_, PyInt>) -> PyResult<bool> {
+    Ok(headers::meets_target(
+        &header_of(header)?,
+        &target_of(target)?,
+    ))
+}
+
+#[pyfunction]
+fn check_headers(
+    py: Python<'_>,
+    headers: Vec<Bound<'_, PyBytes>>,
+    targets: Vec<Bound<'_, PyInt>>,
+) -> PyResult<Vec<bool>> {
+    if headers.len() != targets.len() {
+        return Err(PyValueError::new_err(format!(
+            "as many targets as headers, got {} headers and {} targets",
+            headers.len(),
+            targets.len()
+        )));
+    }
+    let headers = headers
+        .iter()
+        .map(|header| header_of(header.as_bytes()))
+        .collect::<PyResult<Vec<_>>>()?;
+    let targets = targets
+        .iter()
+        .map(target_of)
+        .collect::<PyResult<Vec<_>>>()?;
+    Ok(py.detach(|| headers::check_headers(&headers, &targets)))
+}
+
+#[pyfunction]
+fn fold_merkle<'py>(
+    py: Python<'py>,
+    leaf: &[u8],
+    branch: Vec<Bound<'py, PyBytes>>,
+) -> PyResult<Bound<'py, PyBytes>> {
+    let branch = branch
+        .iter()
+        .map(|hash| hash_of(hash.as_bytes()))
+        .collect::<PyResult<Vec<_>>>()?;
+    Ok(PyBytes::new(
+        py,
+        &headers::fold_merkle(hash_of(leaf)?, &branch),
+    ))
+}
+
+#[pyclass(module = "sharechain._native", frozen)]
+struct StopFlag(Arc<AtomicBool>);
+
+#[pymethods]
+impl StopFlag {
+    #[new]
+    fn new() -> Self {
+        StopFlag(Arc::default())
+    }
+
+    fn set(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    fn is_set(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+#[pyclass(module = "sharechain._native", frozen, get_all, eq, hash)]
+#[derive(PartialEq, Eq, Hash)]
+struct ScanResult {
+    nonce: Option<u32>,
+    hashes: u64,
+}
+
+#[pymethods]
+impl ScanResult {
+    #[new]
+    #[pyo3(signature = (*, nonce, hashes))]
+    fn new(nonce: Option<u32>, hashes: u64) -> Self {
+        ScanResult { nonce, hashes }
+    }
+
+    fn __repr__(&self) -> String {
+        let nonce = self.nonce.map_or("None".into(), |nonce| nonce.to_string());
+        format!("ScanResult(nonce={nonce}, hashes={})", self.hashes)
+    }
+}
+
+#[pyfunction]
+#[pyo3(signature = (header, start, count, target, stop=None))]
+fn scan_nonces(
+    py: Python<'_>,
+    header: &[u8],
+    start: &Bound<'_, PyInt>,
+    count: &Bound<'_, PyInt>,
+    target: &Bound<'_, PyInt>,
+    stop: Option<&Bound<'_, StopFlag>>,
+) -> PyResult<ScanResult> {
+    let header = header_of(header)?;
+    let target = target_of(target)?;
+    let (start, count) = match (start.extract::<u64>(), count.extract::<u64>()) {
+        (Ok(start), Ok(count)) if start <= NONCES && count <= NONCES - start => (start, count),
+        _ => {
+            return Err(PyValueError::new_err(format!(
+                "nonces are in 0..2^32 - 1, got {count} from {start} on"
+            )));
+        }
+    };
+    let stop = stop.map(|flag| flag.get().0.clone());
+    let (nonce, hashes) =
+        py.detach(|| headers::scan_nonces(&header, start, count, &target, stop.as_deref()));
+    Ok(ScanResult { nonce, hashes })
+}
+
+#[pyclass(module = "sharechain._native", frozen, eq, hash)]
+#[derive(PartialEq, Eq, Hash)]
+struct Draw {
+    outputs: Vec<u8>,
+    #[pyo3(get)]
+    count: usize,
+    #[pyo3(get)]
+    paid: u64,
+    #[pyo3(get)]
+    threshold: u64,
+}
+
+#[pymethods]
+impl Draw {
+    #[new]
+    #[pyo3(signature = (*, outputs, count, paid, threshold))]
+    fn new(outputs: Vec<u8>, count: usize, paid: u64, threshold: u64) -> Self {
+        Draw {
+            outputs,
+            count,
+            paid,
+            threshold,
+        }
+    }
+
+    #[getter]
+    fn outputs<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.outputs)
+    }
+
+    fn __repr__(&self) -> String {
+        format!(
+            "Draw(count={}, paid={}, threshold={})",
+            self.count, self.paid, self.threshold
+        )
+    }
+}
+
+#[pyclass(module = "sharechain._native")]
+struct WeightTable(weights::WeightTable);
+
+#[pymethods]
+impl WeightTable {
+    #[new]
+    fn new() -> Self {
+        WeightTable(weights::WeightTable::default())
+    }
+
+    fn add(&mut self, script: &[u8], weight: &Bound<'_, PyInt>) -> PyResult<()> {
+        let (magnitude, subtract) = magnitude_of(weight)?;
+        self.0
+            .add(script, magnitude, subtract)
+            .map_err(|fault| match fault {
+                weights::AddError::Negative(present) => PyValueError::new_err(format!(
+                    "a weight must not fall below 0, got {weight} for a script of weight {present}"
+                )),
+                weights::AddError::Overflow => PyOverflowError::new_err(format!(
+                    "the total weight stays below 2^128, got {weight} on top of {}",
+                    self.0.total()
+                )),
+            })
+    }
+
+    #[getter]
+    fn total(&self) -> u128 {
+        self.0.total()
+    }
+
+    fn __len__(&self) -> usize {
+        self.0.payees().len()
+    }
+
+    fn weight(&self, script: &[u8]) -> u128 {
+        self.0.weight(script)
+    }
+
+    fn items<'py>(&self, py: Python<'py>) -> Vec<(Bound<'py, PyBytes>, u128)> {
+        let mut payees: Vec<&weights::Payee> = self.0.payees().iter().collect();
+        payees.sort_unstable_by(|a, b| a.script.cmp(&b.script));
+        payees
+            .into_iter()
+            .map(|payee| (PyBytes::new(py, &payee.script), payee.weight))
+            .collect()
+    }
+
+    fn copy(&self) -> Self {
+        WeightTable(self.0.clone())
+    }
+
+    fn draw(
+        &self,
+        value: &Bound<'_, PyInt>,
+        payout_class: &Bound<'_, PyInt>,
+        min_payout: &Bound<'_, PyInt>,
+        dust: &Bound<'_, PyInt>,
+        seed: &[u8],
+    ) -> PyResult<Draw> {
+        let terms = draw::Terms {
+            value: amount_of("value", value)?,
+            payout_class: amount_of("payout_class", payout_class)?,
+            min_payout: amount_of("min_payout", min_payout)?,
+            dust: amount_of("dust", dust)?,
+        };
+        for (name, number) in [
+            ("payout_class", terms.payout_class),
+            ("min_payout", terms.min_payout),
+            ("dust", terms.dust),
+        ] {
+            if number == 0 {
+                return Err(PyValueError::new_err(format!(
+                    "{name} is at least 1, got 0"
+                )));
+            }
+        }
+        // The interpreter lock is kept: this takes less than a fraction of the interval after which another thread
+        // would be let in anyway, and the table must not change meanwhile.
+        let draw::Draw {
+            outputs,
+            count,
+            paid,
+            threshold,
+        } = draw::draw(&self.0, &terms, seed).ok_or_else(|| {
+            PyValueError::new_err("a draw needs at least one weight, got an empty table")
+        })?;
+        Ok(Draw {
+            outputs,
+            count,
+            paid,
+            threshold,
+        })
+    }
+}
+
+#[pymodule]
+mod _native {
+    #[pymodule_export]
+    const IMPLEMENTATION: &str = "rust";
+    #[pymodule_export]
+    use super::{
+        Draw, ScanResult, StopFlag, WeightTable, check_headers, fold_merkle, meets_target,
+        scan_nonces, sha256d,
+    };
+}
