@@ -25,7 +25,8 @@ from p2pool.database import DataDirectory
 from p2pool.errors import BackendError, ConfigError, StratumError
 from p2pool.jobs import Candidate, JobBook, next_work
 from p2pool.report import load_chain
-from p2pool.stratum.protocol import Notify, Submission, Verdict, Worker, parse_user, payout_class_for
+from p2pool.stratum.login import parse_user, payout_class_for
+from p2pool.stratum.protocol import Notify, Submission, Verdict, Worker
 from p2pool.stratum.server import ServerSettings, StratumServer
 from sharechain.chain import Accepted, ChainStatistics, Outcome, Unanchored
 from sharechain.difficulty import DIFFICULTY_1_TARGET, difficulty_of
@@ -249,6 +250,10 @@ class Node:
                 self._found.add(candidate.hash)
                 self._blocks_in.send_nowait(candidate)  # submits it, then accepts the share
         elif candidate.is_share:
+            ahead_s = submission.time - self._clock()
+            if ahead_s > self.params.future_limit_s:
+                limit = self.params.future_limit_s
+                raise StratumError(20, f"ntime is {ahead_s:.0f} s ahead of the clock; shares may be {limit} s ahead")
             self._accept_own(candidate)
         current = self._template
         stale = current is not None and template.previous_block_hash != current.previous_block_hash

@@ -1,0 +1,61 @@
+"""What the pool needs of a Bitcoin node, and nothing else.
+
+Two backends implement it: Bitcoin Core over JSON-RPC, and Bitcoin Core's consensus code embedded in this
+process. The rest of the node never asks which. Importing this package loads neither.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from p2pool.bitcoin_backend.template import BlockTemplate, HeaderFacts, SubmitResult, TemplateTransaction
+
+__all__ = ["BitcoinBackend", "BlockTemplate", "HeaderFacts", "SubmitResult", "TemplateTransaction"]
+
+
+class BitcoinBackend(Protocol):
+    """A Bitcoin node: it gives templates and facts about headers, takes blocks, tells when its chain grows.
+
+    Every method may raise `BackendError`: the node cannot be reached, is closed or does not make sense. That
+    a block or a header is bad or unknown is no error but an answer.
+    """
+
+    @property
+    def network(self) -> str:
+        """The Bitcoin network that the node is on: mainnet, testnet4, signet or regtest."""
+
+    async def block_template(self) -> BlockTemplate:
+        """Give a block to mine on the current tip, with the best-paying transactions that the node knows."""
+
+    async def header_facts(self, block_hash: bytes) -> HeaderFacts | None:
+        """Give what the node knows of a header, on whatever branch, or None if it does not know it (yet).
+
+        Arguments:
+            block_hash: 32 bytes, internal order.
+        """
+
+    async def submit_block(self, raw: bytes) -> SubmitResult:
+        """Hand a block to the node and wait for its verdict.
+
+        Arguments:
+            raw: the whole block as the network takes it (see `assemble_block`). Bytes that are no block give
+                the reason "decode-failed".
+        """
+
+    async def tip(self) -> HeaderFacts:
+        """Give the block in which the node's best chain ends."""
+
+    async def wait_for_tip(self, known: bytes, timeout: float | None = None) -> bytes:  # noqa: ASYNC109
+        """Wait until the node's best chain ends in another block than `known`, at once if it does already.
+
+        A lower tip counts as well: what matters is that work on `known` is stale.
+
+        Arguments:
+            known: the hash of the tip that the caller builds on, 32 bytes, internal order.
+            timeout: give up after so many seconds, or never.
+
+        Returns: the hash of the tip, 32 bytes, internal order; `known` itself after the timeout.
+        """
+
+    async def aclose(self) -> None:
+        """Let go of the node: end connections, write what is due; who waits gets a `BackendError`."""

@@ -1,0 +1,36 @@
+"""The node's errors, by whose fault it is: the operator's, the backend's, a miner's, a peer's."""
+
+from __future__ import annotations
+
+
+class P2PoolError(Exception):
+    """Something that the node expects to go wrong sometimes and knows how to answer."""
+
+
+class ConfigError(P2PoolError):
+    """The operator's: an option, a file or the machine is not as the node needs it. Shown at start, then exit."""
+
+
+class BackendError(P2PoolError):
+    """The Bitcoin node's, or its connection's: it cannot be opened, reached or understood."""
+
+
+class StratumError(P2PoolError):
+    """A miner's: the answer to one request is an error; the session goes on.
+
+    Arguments:
+        code: the number that Stratum gives the error (21 job not found, 23 low difficulty, ...).
+        message: what a miner reads in the log of the machine.
+    """
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(code, message)
+        self.code = code
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.message} (code {self.code})"
+
+
+class PeerError(P2PoolError):
+    """A peer's: it broke the wire protocol or a limit. Its session ends and its score falls."""
