@@ -8,12 +8,13 @@ from dataclasses import replace
 
 from sharechain.chain import Accepted, Sharechain
 from sharechain.coinbase import COINBASE_TAG, build_coinbase, fold_coinbase
-from sharechain.difficulty import bits_to_target
+from sharechain.difficulty import bits_to_target, target_to_bits
 from sharechain.entry import ChainEntry
-from sharechain.hasher import sha256d
+from sharechain.hasher import scan_nonces
 from sharechain.params import NETWORKS, Params
+from sharechain.payout import Payouts
 from sharechain.share import Share, ShareData, bip34_push, pack_header, share_commitment
-from sharechain.validate import BlockFacts, derive_data, median_time
+from sharechain.validate import BlockFacts, derive_data, median_time, next_max_bits, window_work
 
 #: A network on which nearly every header is a share, and the window is some ten shares long.
 PARAMS = NETWORKS["regtest"].with_overrides(
@@ -27,6 +28,9 @@ PARAMS = NETWORKS["regtest"].with_overrides(
         "window_max_shares": 20,
     }
 )
+#: The same with a thousand hashes for a share: work is no longer a number of one digit, and a share whose header
+#: was changed is no share.
+FINE = PARAMS.with_overrides({"name": "fine", "max_target": hex(2**246 - 1)})
 BLOCK_BITS = 0x207FFFFF
 GENESIS_BLOCK = bytes(range(32))
 GENESIS_FACTS = BlockFacts(height=100, next_bits=BLOCK_BITS)
@@ -69,6 +73,7 @@ def mine(
     block_bits: int = BLOCK_BITS,
     block_height: int | None = None,
     salt: int = 0,
+    payouts: Payouts | None = None,
     data: dict[str, object] | None = None,
 ) -> Share:
     """Mine one share on ``parent``, with its proof of work.
@@ -76,6 +81,7 @@ def mine(
     Args:
         data: fields of the share's data to put in place of the right ones.
         salt: makes another share of the same fields.
+        payouts: what to pay in place of what the window says.
         (the others): as the fields of a share; what is None is chosen as an honest miner would.
     """
     params = chain.params
@@ -88,7 +94,7 @@ def mine(
         params,
         parent=parent,
         uncles=uncles,
-        bits=0x207FFFFF,
+        bits=next_max_bits(params, parent),
         payout_script=miner_script(miner),
         payout_class=params.payout_classes[0] if payout_class is None else payout_class,
     )
@@ -104,13 +110,14 @@ def mine(
     )
     derived = replace(derived, **(data or {}))  # type: ignore[arg-type]
     script = bip34_push(block_height) + COINBASE_TAG + salt.to_bytes(8, "little")
-    payouts = chain.payouts(
-        parent,
-        value=value,
-        payout_class=derived.payout_class,
-        max_bits=derived.max_bits,
-        block_bits=block_bits,
-    )
+    if payouts is None:
+        payouts = chain.payouts(
+            parent,
+            value=value,
+            payout_class=derived.payout_class,
+            max_bits=derived.max_bits,
+            block_bits=block_bits,
+        )
     coinbase = build_coinbase(
         script,
         payouts,
@@ -153,11 +160,9 @@ def make_share(
 
 def solve(header: bytes, target: int) -> bytes:
     """The header with the first nonce that meets the target."""
-    for nonce in range(2**32):
-        header = header[:76] + nonce.to_bytes(4, "little")
-        if int.from_bytes(sha256d(header), "little") <= target:
-            return header
-    raise AssertionError("no nonce meets the target")
+    nonce = scan_nonces(header, 0, 2**32, target).nonce
+    assert nonce is not None
+    return header[:76] + nonce.to_bytes(4, "little")
 
 
 def add(chain: Sharechain, share: Share, now: float | None = None) -> Accepted:
@@ -177,3 +182,68 @@ def grow(chain: Sharechain, count: int, *, miners: int = 5, parent: ChainEntry |
         shares.append(share)
         parent = chain.entry(share.hash)
     return shares
+
+
+def harder(bits: int, numerator: int, denominator: int = 1) -> int:
+    """The compact target that is numerator / denominator times as hard."""
+    return target_to_bits(bits_to_target(bits) * denominator // numerator)
+
+
+def snapshot(chain: Sharechain) -> tuple[object, ...]:
+    """All that nodes with the same shares must agree on: tip, main chain, window, payouts, uncles to name."""
+    params, tip = chain.params, chain.tip
+    if tip is None:
+        return ()
+    max_bits = next_max_bits(params, tip)
+    window = chain.window_at(tip, window_work(params, max_bits, BLOCK_BITS))
+    weights, units = window.table.items(), len(window)
+    payouts = [
+        chain.payouts(tip, value=VALUE, payout_class=size, max_bits=max_bits, block_bits=BLOCK_BITS)
+        for size in params.payout_classes
+    ]
+    main = []
+    for height in range(chain.base_height, tip.height + 1):
+        entry = chain.main_entry(height)
+        assert entry is not None
+        main.append(entry.hash)
+    return (
+        tip.hash,
+        tip.total_work,
+        tuple(main),
+        tuple(weights),
+        units,
+        tuple(payouts),
+        tuple(uncle.hash for uncle in chain.uncle_candidates(tip)),
+        chain.locator(),
+    )
+
+
+#: One share of a random tree: how many shares back its parent is, its miner, its hardness, whether it names uncles.
+Step = tuple[int, int, int, bool]
+
+
+def grow_tree(chain: Sharechain, steps: Sequence[Step]) -> list[Share]:
+    """Shares as miners with different views would find them: siblings, forks, uncles, all hardnesses.
+
+    ``chain`` accepts each at once, in the order in which they are returned.
+    """
+    shares: list[Share] = []
+    for number, (back, miner, hardness, names) in enumerate(steps):
+        parent = chain.entry(shares[max(0, len(shares) - 1 - back)].hash) if shares else None
+        share = mine(
+            chain,
+            parent,
+            miner=miner,
+            uncles=chain.uncle_candidates(parent) if names else (),
+            # Nearly all sums of work differ, so that the heaviest is one share and not the first seen of two.
+            bits=harder(next_max_bits(chain.params, parent), 1_000 + 311 * hardness + number * number, 1_000),
+            salt=number,
+        )
+        add(chain, share)
+        shares.append(share)
+    return shares
+
+
+def forged_under(share: Share, **data: object) -> Share:
+    """Another body under the same header: what anybody can make without work."""
+    return replace(share, data=replace(share.data, **data))  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ import trio.testing
 from bitcoin.core import CBlock
 from coincurve import PrivateKey
 
-from p2pool.bitcoin_backend import BitcoinBackend, BlockTemplate, SubmitResult, TemplateTransaction, kernel
+from p2pool.bitcoin_backend import BitcoinBackend, BlockTemplate, SubmitResult, TemplateTransaction, mempool
 from p2pool.bitcoin_backend.kernel import KernelBackend
 from p2pool.bitcoin_backend.mempool import Spendable
 from p2pool.bitcoin_backend.template import (
