@@ -322,14 +322,13 @@ class Sharechain:
             InvalidShare: it breaks a rule; the chain is as before.
         """
         check_alone(self.params, share)
-        identity = share_id(share.encoded)
-        if share.hash in self._entries or identity in self._waiting:
+        if share.hash in self._entries or self._is_waiting(share):
             return Duplicate()
         old_tip = self.tip
         verdict = self._judge(share, now)
         if not isinstance(verdict, ChainEntry):
             if not isinstance(verdict, Buried):
-                self._wait(identity, share, verdict)
+                self._wait(share_id(share.encoded), share, verdict)
             return verdict
         added, rejected = self._connect_waiting(share, now)
         return self._adopt(old_tip, added, rejected)
@@ -470,6 +469,10 @@ class Sharechain:
         if not added and not rejected:
             return None
         return self._adopt(old_tip, added, rejected)
+
+    def _is_waiting(self, share: Share) -> bool:
+        bodies = self._bodies.get(share.hash)
+        return bodies is not None and share_id(share.encoded) in bodies
 
     def _wait(self, identity: bytes, share: Share, verdict: Orphaned | Early | Unanchored) -> None:
         if isinstance(verdict, Early):

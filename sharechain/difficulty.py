@@ -7,6 +7,7 @@ float for people and for Stratum; nothing that nodes agree on is computed from i
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Final
 
 __all__ = [
@@ -24,6 +25,7 @@ MAX_U256: Final = 2**256 - 1
 DIFFICULTY_1_TARGET: Final = 0xFFFF << 208
 
 
+@lru_cache(maxsize=4096)
 def bits_to_target(bits: int) -> int:
     """Expand a compact target.
 

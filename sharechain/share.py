@@ -279,8 +279,8 @@ def _check_shape(share: Share) -> None:
         _check_bytes("witness_commitment", share.witness_commitment, 32, 32)
     if len(share.merkle_branch) > MAX_BRANCH:
         raise DecodeError(f"merkle_branch: at most {MAX_BRANCH} hashes, got {len(share.merkle_branch)}")
-    for node in share.merkle_branch:
-        _check_bytes("merkle_branch", node, 32, 32)
+    if any(type(node) is not bytes or len(node) != 32 for node in share.merkle_branch):
+        raise DecodeError("merkle_branch: hashes of 32 bytes are needed")
     _check_int("version", data.version, 0xFFFF)
     if data.version != SHARE_VERSION:
         raise DecodeError(f"version: {SHARE_VERSION} is known, got {show_value(data.version)}")
