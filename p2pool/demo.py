@@ -36,7 +36,7 @@ from p2pool.bitcoin_backend.template import BlockTemplate, assemble_block
 from p2pool.database import DataDirectory, open_copy
 from p2pool.errors import BackendError, ConfigError
 from p2pool.miner import Miner, mine
-from p2pool.node import Node, NodeStatistics
+from p2pool.node import STALE_BLOCK, Node, NodeStatistics
 from p2pool.report import VerifyReport, audit_block, export_rows, load_chain, verify_store
 from p2pool.service import until_signal
 from p2pool.stratum.server import ServerSettings, open_listeners
@@ -56,8 +56,6 @@ SHARE_PERIOD_MS: Final = 200
 PREMINED: Final = 120
 #: Sat.
 FEE: Final = 2_000
-#: What Bitcoin says of a block beside its tip: valid as far as it looked, found an instant after another.
-_STALE: Final = "inconclusive"
 #: A witness script that is true: whoever shows it may spend.
 _ANYBODY: Final = b"\x51"
 _ANYBODY_SCRIPT: Final = b"\x00\x20" + hashlib.sha256(_ANYBODY).digest()
@@ -260,7 +258,7 @@ def _audit(run: _Run, directory: Path) -> dict[str, Any]:
     """Read everything back from disk and recompute every coinbase that Bitcoin accepted."""
     statistics = run.statistics
     blocks = [] if statistics is None else list(statistics.blocks)
-    refused = [block for block in blocks if not block.accepted and block.reason != _STALE]
+    refused = [block for block in blocks if not block.accepted and block.reason != STALE_BLOCK]
     mismatches: list[str] = []
     paid: dict[str, int] = {}
     with open_copy(directory) as (params, store):
@@ -292,7 +290,7 @@ def _audit(run: _Run, directory: Path) -> dict[str, Any]:
         "stale": status.count("stale"),
         "blocks": len(blocks),
         "blocks_rejected": len(refused),
-        "blocks_stale": sum(block.reason == _STALE for block in blocks),
+        "blocks_stale": sum(block.reason == STALE_BLOCK for block in blocks),
         "reject_reasons": sorted({block.reason for block in refused}),
         "blocks_audited": audited,
         "payout_mismatches": len(mismatches),

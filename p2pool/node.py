@@ -46,6 +46,8 @@ WORK_INTERVAL_S: Final = 20.0
 SYNC_INTERVAL_S: Final = 1.0
 #: Seconds before the backend is asked again after it failed; doubles up to the second.
 RETRY_S: Final = (0.5, 30.0)
+#: Bitcoin Core's word for a block that it stored beside its chain without looking into it.
+STALE_BLOCK: Final = "inconclusive"
 #: How often a block is submitted to a backend that does not answer.
 SUBMIT_TRIES: Final = 8
 
@@ -382,9 +384,13 @@ class Node:
                     break
             await trio.sleep(retry_s)
             retry_s, tries = min(2 * retry_s, RETRY_S[1]), tries + 1
-        log = logger.info if result.accepted else logger.error
-        said = "accepted by Bitcoin" if result.accepted else f"refused: {result.reason}"
-        log("block %s at height %d: %s", _shown(candidate.hash), template.height, said)
+        if result.accepted:
+            level, said = logging.INFO, "accepted by Bitcoin"
+        elif result.reason == STALE_BLOCK:
+            level, said = logging.WARNING, "stale: Bitcoin's chain already ends in another block of that height"
+        else:
+            level, said = logging.ERROR, f"refused by Bitcoin: {result.reason}"
+        logger.log(level, "block %s at height %d: %s", _shown(candidate.hash), template.height, said)
         self._counters.blocks.append(
             FoundBlock(
                 block_hash=candidate.hash[::-1].hex(),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 from collections.abc import Awaitable, Callable
+from typing import Final
 
 import trio
 
@@ -19,6 +21,9 @@ from p2pool.stratum.vardiff import VardiffSettings
 __all__ = ["run_miner", "run_node", "until_signal"]
 
 logger = logging.getLogger("p2pool")
+
+#: Between two lines about accepted submissions.
+MINER_INTERVAL_S: Final = 2.0
 
 
 async def until_signal(job: Callable[[], Awaitable[None]]) -> None:
@@ -102,11 +107,14 @@ def run_miner(
 
     console = Console(stderr=True, highlight=False)
     last: MinerStatistics | None = None
+    shown_at = -math.inf
 
     def show(event: MinerEvent) -> None:
-        nonlocal last
+        nonlocal last, shown_at
         last = event.statistics
-        if event.kind != "job":
+        is_news = event.kind in ("connected", "rejected", "disconnected")
+        if is_news or (event.kind == "accepted" and trio.current_time() - shown_at >= MINER_INTERVAL_S):
+            shown_at = trio.current_time()
             console.print(
                 f"{event.kind}: {event.text} [{event.statistics.hash_rate / 1e6:.2f} MH/s, "
                 f"{event.statistics.accepted} accepted, {sum(event.statistics.rejected.values())} rejected]",
@@ -114,7 +122,7 @@ def run_miner(
             )
 
     async def work() -> None:
-        with trio.move_on_after(float("inf") if seconds is None else seconds):
+        with trio.move_on_after(math.inf if seconds is None else seconds):
             await mine(host=host, port=port, user=user, password=password, threads=threads, on_event=show)
 
     trio.run(until_signal, work)
