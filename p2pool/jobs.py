@@ -20,7 +20,14 @@ from sharechain.entry import ChainEntry
 from sharechain.hasher import sha256d
 from sharechain.payout import Payouts
 from sharechain.share import Share, ShareData, bip34_push, pack_header, share_commitment
-from sharechain.validate import block_target, derive_data, easiest_target, median_time, next_max_bits
+from sharechain.validate import (
+    block_target,
+    derive_data,
+    easiest_target,
+    hardest_target,
+    median_time,
+    next_max_bits,
+)
 
 __all__ = ["EXTRANONCE_SIZE", "Candidate", "Job", "JobBook", "Work", "build_job", "next_work"]
 
@@ -141,11 +148,12 @@ def build_job(
         job_id: what the miner calls it by.
         payout_script: scriptPubKey to be credited.
         payout_class: one of the network's.
-        share_target: a harder share target than the chain asks for, if the miner wants one.
+        share_target: a harder share target than the chain asks for, if the miner wants one; R8 bounds it.
     """
     params, template = chain.params, work.template
     easiest = work.share_target
-    bits = target_to_bits(easiest if share_target is None else min(easiest, share_target))
+    wanted = easiest if share_target is None else min(easiest, share_target)
+    bits = target_to_bits(max(wanted, hardest_target(params, work.max_bits)))
     data = derive_data(
         params,
         parent=work.parent,

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from sharechain.entry import ChainEntry, ancestors
-from sharechain.errors import InvalidShare
+from sharechain.errors import InvalidShare, ParamsError
 from sharechain.params import MEDIAN_SPAN, Params
 from sharechain.payout import Payouts, build_payouts
 from sharechain.share import NULL_HASH, Share, share_id
@@ -50,6 +50,8 @@ __all__ = [
 
 #: Shares that may wait at once, for anything. The oldest gives way.
 MAX_WAITING: Final = 2_000
+#: Seconds that a share may wait. What it waits for does not exist, or is found again with it by a later sync.
+MAX_WAIT_S: Final = 1_800
 #: Bodies that may wait under one header. Forging one costs no work, so that more would drive honest shares out.
 MAX_BODIES: Final = 4
 #: Heights between two sweeps of what pruned shares leave behind.
@@ -134,6 +136,7 @@ class ChainStatistics:
 class _Waiting:
     share: Share
     keys: tuple[bytes, ...]
+    since: float
 
 
 class Sharechain:
@@ -148,6 +151,10 @@ class Sharechain:
     """
 
     def __init__(self, params: Params, *, max_waiting: int = MAX_WAITING, margin: int = PRUNE_MARGIN) -> None:
+        if params.window_max_shares + margin < MEDIAN_SPAN + params.uncle_depth:
+            raise ParamsError(
+                "window_max_shares", "the window and the margin are shorter than what R6 and R9 look back"
+            )
         self.params: Final = params
         self._entries: dict[bytes, ChainEntry] = {}
         self._by_height: dict[int, list[ChainEntry]] = {}
@@ -328,7 +335,7 @@ class Sharechain:
         verdict = self._judge(share, now)
         if not isinstance(verdict, ChainEntry):
             if not isinstance(verdict, Buried):
-                self._wait(share_id(share.encoded), share, verdict)
+                self._wait(share_id(share.encoded), share, verdict, now)
             return verdict
         added, rejected = self._connect_waiting(share, now)
         return self._adopt(old_tip, added, rejected)
@@ -343,11 +350,18 @@ class Sharechain:
         return self._retry(self._wanted.pop(block_hash, set()), now)
 
     def release(self, now: float) -> Outcome | None:
-        """Judge the shares that waited for their header time. Returns as ``learn_block``."""
+        """Judge the shares that waited for their header time, and drop what waited too long.
+
+        Returns as ``learn_block``.
+        """
         due: list[bytes] = []
         while self._early and self._early[0][0] <= now:
             due.append(heapq.heappop(self._early)[1])
-        return self._retry(due, now)
+        outcome = self._retry(due, now)
+        for identity in [key for key, waiting in self._waiting.items() if now - waiting.since > MAX_WAIT_S]:
+            self._forget(identity)
+            self._dropped += 1
+        return outcome
 
     def restore(
         self,
@@ -444,7 +458,7 @@ class Sharechain:
                 if isinstance(verdict, ChainEntry):
                     added.append(waiting.share)
                 elif not isinstance(verdict, Buried):
-                    self._wait(identity, waiting.share, verdict)
+                    self._wait(identity, waiting.share, verdict, waiting.since)
         return added, rejected
 
     def _retry(self, identities: Iterable[bytes], now: float) -> Outcome | None:
@@ -465,7 +479,7 @@ class Sharechain:
                 added += more
                 rejected += broken
             elif not isinstance(verdict, Buried):
-                self._wait(identity, waiting.share, verdict)
+                self._wait(identity, waiting.share, verdict, waiting.since)
         if not added and not rejected:
             return None
         return self._adopt(old_tip, added, rejected)
@@ -474,7 +488,7 @@ class Sharechain:
         bodies = self._bodies.get(share.hash)
         return bodies is not None and share_id(share.encoded) in bodies
 
-    def _wait(self, identity: bytes, share: Share, verdict: Orphaned | Early | Unanchored) -> None:
+    def _wait(self, identity: bytes, share: Share, verdict: Orphaned | Early | Unanchored, since: float) -> None:
         if isinstance(verdict, Early):
             heapq.heappush(self._early, (verdict.until, identity))
             keys: tuple[bytes, ...] = ()
@@ -484,7 +498,7 @@ class Sharechain:
             keys = (verdict.block_hash,)
         for key in keys:
             self._wanted.setdefault(key, set()).add(identity)
-        self._waiting[identity] = _Waiting(share=share, keys=keys)
+        self._waiting[identity] = _Waiting(share=share, keys=keys, since=since)
         bodies = self._bodies.setdefault(share.hash, [])
         bodies.append(identity)
         if len(bodies) > MAX_BODIES:

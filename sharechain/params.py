@@ -52,6 +52,9 @@ class Params:
     stall_after_s: int = 600
     #: ... doubling each time this has passed (R8).
     stall_doubling_s: int = 60
+    #: How many times harder than the chain asks a share may be (R8). Fork choice counts a share's whole work, so that
+    #: one share of k + 1 times the work would undo k others: the fewer, the less luck can rewrite.
+    heaviest_share: int = 4
     #: The easiest share target: 256-bit number (R2).
     max_target: int = 2**224 - 1
     #: Length of the PPLNS window in expected Bitcoin blocks of work: a share is never paid with e^-window_blocks.
@@ -144,6 +147,7 @@ _RANGES: Final[Mapping[str, tuple[int, int]]] = {
     "half_life_s": (1, 2**31),
     "stall_after_s": (1, 2**31),
     "stall_doubling_s": (1, 2**31),
+    "heaviest_share": (1, 1000),
     "max_target": (1, 2**256 - 1),
     "window_blocks": (1, 2**31),
     "window_max_shares": (1, 2**31),

@@ -33,6 +33,7 @@ __all__ = [
     "check_in_chain",
     "derive_data",
     "easiest_target",
+    "hardest_target",
     "is_block",
     "median_time",
     "next_max_bits",
@@ -139,6 +140,11 @@ def easiest_target(params: Params, parent: ChainEntry | None, max_bits: int, tim
     return scale_target(target, late_s, params.stall_doubling_s, params.max_target)
 
 
+def hardest_target(params: Params, max_bits: int) -> int:
+    """R8: the hardest share target that a share may claim: ``heaviest_share`` times harder than the chain asks."""
+    return bits_to_target(target_to_bits(max(1, bits_to_target(max_bits) // params.heaviest_share)))
+
+
 def median_time(parent: ChainEntry) -> int:
     """R6: the median time of a share's last 11 ancestors, ``parent`` included; fewer at a chain's start.
 
@@ -201,6 +207,8 @@ def check_in_chain(params: Params, share: Share, parent: ChainEntry | None, uncl
         raise InvalidShare("R7", f"max_bits is {derived.max_bits:#010x} here, got {data.max_bits:#010x}")
     if bits_to_target(data.bits) > easiest_target(params, parent, data.max_bits, share.time):
         raise InvalidShare("R8", f"bits {data.bits:#010x} is easier than max_bits allows at time {share.time}")
+    if bits_to_target(data.bits) < hardest_target(params, data.max_bits):
+        raise InvalidShare("R8", f"bits {data.bits:#010x} is over {params.heaviest_share} times harder than max_bits")
     if uncles:
         _check_uncles(params, parent, uncles)
     elif data.uncles:

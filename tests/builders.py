@@ -20,6 +20,7 @@ from sharechain.validate import BlockFacts, derive_data, median_time, next_max_b
 PARAMS = NETWORKS["regtest"].with_overrides(
     {
         "name": "test",
+        "heaviest_share": 1000,
         "share_period_ms": 10_000,
         "half_life_s": 1200,
         "stall_after_s": 600,

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from sharechain.chain import Accepted, Buried, Duplicate, Early, Orphaned, Sharechain, Unanchored
+from sharechain.chain import MAX_WAIT_S, Accepted, Buried, Duplicate, Early, Orphaned, Sharechain, Unanchored
 from sharechain.entry import ChainEntry
-from sharechain.errors import InvalidShare
+from sharechain.errors import InvalidShare, ParamsError
 from sharechain.params import MEDIAN_SPAN
 from sharechain.payout import Payouts
 from sharechain.share import Share
@@ -105,7 +105,7 @@ def test_shares_that_wait_for_bitcoin_or_the_clock_end_in_the_same_chain(
     second = Sharechain(FINE)
     jobs: list[Share | int | None] = [*shares, None, *range(START_TIME, max(s.time for s in shares) + 40, 40)]
     order.shuffle(jobs)
-    now = 0
+    now = START_TIME - 200
     for job in jobs:
         if job is None:
             ((block, facts),) = first.known_blocks().items()
@@ -668,3 +668,22 @@ def test_a_share_of_another_network_never_joins() -> None:
         one.accept(share, NOW)
     with pytest.raises(InvalidShare, match="R10"):
         one.accept(replace(share, coinbase_value=share.coinbase_value - 1), NOW)
+
+
+def test_what_waits_too_long_is_forgotten() -> None:
+    """A parent that nobody has must not hold a place for ever."""
+    source = new_chain(FINE)
+    shares = grow(source, 3)
+    chain = new_chain(FINE)
+    assert isinstance(chain.accept(shares[2], NOW), Orphaned)
+    chain.release(NOW + MAX_WAIT_S)
+    assert chain.statistics().waiting == 1
+    chain.release(NOW + MAX_WAIT_S + 1)
+    assert chain.statistics().waiting == 0
+    assert chain.missing() == ()
+    assert chain.statistics().waiting_dropped == 1
+
+
+def test_a_window_shorter_than_the_rules_look_back_is_refused() -> None:
+    with pytest.raises(ParamsError, match="window_max_shares"):
+        Sharechain(FINE.with_overrides({"window_max_shares": 5}), margin=8)

@@ -285,6 +285,20 @@ def test_r8_bits_are_no_easier_than_max_bits() -> None:
     joined(chain, mine(chain, parent, bits=next_max_bits(NERVOUS, parent)))
 
 
+def test_r8_a_share_is_at_most_heaviest_share_times_harder() -> None:
+    """One share of k + 1 times the work, mined on the ancestor k back, undoes k shares by luck alone."""
+    params = NERVOUS.with_overrides({"name": "light", "heaviest_share": 4})
+    chain = new_chain(params)
+    for _ in range(12):
+        add(chain, mine(chain, chain.tip, time=START_TIME if chain.tip is None else chain.tip.time + 1))
+    parent = chain.tip
+    assert parent is not None
+    max_bits = next_max_bits(params, parent)
+    hardest = target_to_bits(bits_to_target(max_bits) // 4)
+    refused(chain, mine(chain, parent, bits=hardest - 1), "R8")
+    joined(chain, mine(chain, parent, bits=hardest))
+
+
 @pytest.mark.parametrize(
     ("late_s", "factor"),
     [(0, 1), (1, 2 ** (1 / 60)), (60, 2), (61, 2 ** (61 / 60)), (120, 4), (150, 2**2.5)],
