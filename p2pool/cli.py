@@ -35,7 +35,16 @@ _EXIT_INTERRUPTED: Final = 130
 
 
 def main() -> None:
-    """Entry point of ``p2pool``: errors that we foresee become one line and exit code 1."""
+    """Entry point of ``p2pool``: errors that we foresee become one line each and exit code 1."""
+    try:
+        _run_click()
+    except* (P2PoolError, SharechainError) as group:  # trio wraps what a task raises
+        for error in dict.fromkeys(map(str, _leaves(group))):
+            click.echo(f"p2pool: error: {error}", err=True)
+        sys.exit(1)
+
+
+def _run_click() -> None:
     try:
         cli.main(standalone_mode=False)
     except click.exceptions.Exit as stop:
@@ -45,12 +54,14 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.Abort:
         sys.exit(_EXIT_INTERRUPTED)
-    except (P2PoolError, SharechainError) as error:
-        click.echo(f"p2pool: error: {error}", err=True)
-        sys.exit(1)
-    except BrokenPipeError:  # `p2pool export | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error
 
 
 def _print_version(context: click.Context, _: click.Parameter, value: bool) -> None:
@@ -171,7 +182,10 @@ def status(config_file: Path | None, as_json: bool, **flags: str | None) -> None
         from p2pool.database import is_in_use
         from p2pool.report import status_report
 
-        _print_one(status_report(params, store, chain, is_in_use(data_dir), time.time()), as_json)
+        report = status_report(params, store, chain, is_in_use(data_dir), time.time())
+        if not as_json:
+            del report["params"]
+        _print_one(report, as_json)
 
 
 @cli.command()

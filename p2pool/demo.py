@@ -343,9 +343,11 @@ def _progress_line(run: _Run, shares: int) -> str:
     assert run.node is not None
     statistics = run.node.statistics()
     accepted = sum(block.accepted for block in statistics.blocks)
+    stale = sum(block.reason == STALE_BLOCK for block in statistics.blocks)
+    refused = len(statistics.blocks) - accepted - stale
     return (
         f"{run.seconds:5.1f} s  {run.hash_rate() / 1e6:6.2f} MH/s  shares {statistics.shares}/{shares}  "
-        f"height {statistics.chain.height}  blocks {accepted} accepted, {len(statistics.blocks) - accepted} refused"
+        f"height {statistics.chain.height}  blocks {accepted} accepted, {stale} stale, {refused} refused"
     )
 
 

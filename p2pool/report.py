@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from p2pool.bitcoin_backend.address import AddressError, decode_address, encode_address
@@ -320,7 +320,8 @@ def _why(report: PayoutReport, miner: Mapping[str, Any]) -> str:
         )
     owed = (
         f"{miner['address']} has {miner['shares']} shares and {miner['uncles']} uncles in the window: "
-        f"{100 * miner['weight_part']:.3f} % of its work, so {miner['entitlement']:,} sat of {report.value:,}."
+        f"{100 * miner['weight_part']:.3f} % of its work, so {miner['entitlement']:,} sat of the {report.value:,} "
+        "less the finder's bonus."
     )
     if miner["paid_by"] == "exact":
         return f"{owed} That is at least the threshold of {report.threshold:,} sat: it is paid exactly."
@@ -352,6 +353,7 @@ def status_report(params: Params, store: Store, chain: Sharechain, in_use: bool,
     return {
         "network": params.name,
         "network_id": params.network_id.hex(),
+        "params": asdict(params),
         "running": in_use,
         "height": -1 if tip is None else tip.height,
         "tip": None if tip is None else tip.hash[::-1].hex(),
