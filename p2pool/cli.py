@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+#: Sat. All bitcoins.
+MAX_VALUE: Final = 21 * 10**14
 #: Shell convention: ended by SIGINT.
 _EXIT_INTERRUPTED: Final = 130
 
@@ -139,19 +141,20 @@ def mine(pool: str, user: str, password: str, threads: int, seconds: float | Non
     from p2pool.service import run_miner
 
     host, _, port = pool.removeprefix("stratum+tcp://").rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not host or not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 65536:
         raise click.BadParameter(f"HOST:PORT is needed, got {pool!r}", param_hint="HOST:PORT")
+    if seconds is not None and not 0 <= seconds < 1e9:
+        raise click.BadParameter(f"a number of seconds from 0 is needed, got {seconds}", param_hint="--seconds")
     statistics = run_miner(
         host=host.strip("[]"), port=int(port), user=user, password=password, threads=threads, seconds=seconds
     )
-    if statistics is not None:
-        result = {
-            "hashes": statistics.hashes,
-            "hash_rate": statistics.hash_rate,
-            "accepted": statistics.accepted,
-            "rejected": sum(statistics.rejected.values()),
-        }
-        _print_one(result, as_json)
+    result = {
+        "hashes": statistics.hashes,
+        "hash_rate": statistics.hash_rate,
+        "accepted": statistics.accepted,
+        "rejected": sum(statistics.rejected.values()),
+    }
+    _print_one(result, as_json)
 
 
 @cli.command()
@@ -222,7 +225,9 @@ def shares(config_file: Path | None, last: int, as_json: bool, **flags: str | No
 @_config_options("network", "data_dir")
 @click.option("--address", metavar="ADDRESS", help="Tell all of one miner: why it is paid, or why not.")
 @click.option("--class", "payout_class", type=int, help="Payout class. [default: the largest]")
-@click.option("--value", type=click.IntRange(0), help="Sat in the block. [default: as in the newest share]")
+@click.option(
+    "--value", type=click.IntRange(0, 21 * 10**14), help="Sat in the block. [default: as in the newest share]"
+)
 @_json_option
 def payouts(
     config_file: Path | None,

@@ -53,7 +53,10 @@ def _text(value: object) -> str:
 
 
 def _path(value: object) -> Path:
-    return Path(_text(value)).expanduser()
+    try:
+        return Path(_text(value)).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{value}: {error}") from None
 
 
 def _port(value: object) -> int:

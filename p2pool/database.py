@@ -4,6 +4,7 @@
     sharechain/          the LevelDB database (see ``sharechain.store``)
     sharechain.batches   number of the last batch written, so that a log that lost its tail is noticed
     sharechain.sums      after a clean stop: SHA-256 of every file of the database
+    blocks/              blocks that Bitcoin has not answered yet
     bitcoin/             the embedded Bitcoin, if one is used
 
 LevelDB's own checksums cover its blocks and log records, but not everything in its files: a log record whose
@@ -20,6 +21,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,8 +44,12 @@ _LOCK: Final = "lock"
 _DATABASE: Final = "sharechain"
 _BATCHES: Final = "sharechain.batches"
 _SUMS: Final = "sharechain.sums"
+_BLOCKS: Final = "blocks"
 #: LevelDB's own log for people, and its lock: they change without a write and hold no data.
 _NO_DATA: Final = ("LOCK", "LOG", "LOG.old")
+
+#: Seconds to wait for a lock: looking whether there is one takes it for an instant.
+LOCK_PATIENCE_S: Final = 0.5
 
 #: flock is per process and file description: the same process would get a second lock, and LevelDB would lose its own.
 _held: Final[set[Path]] = set()
@@ -88,12 +94,27 @@ class LevelDatabase:
 
     def write_batch(self, *, transaction: bool = False, sync: bool = False) -> WriteBatch:
         """An atomic batch; nothing is written before its ``write``."""
-        batch: WriteBatch = self._db.write_batch(transaction=transaction, sync=sync)
-        return batch
+        return _Batch(self._db.write_batch(transaction=transaction, sync=sync), self._shown)
 
     def close(self) -> None:
         """Close; safe to call twice."""
         self._db.close()
+
+
+class _Batch:
+    """A plyvel batch that tells its errors as ``StoreError``."""
+
+    def __init__(self, batch: Any, shown: str) -> None:
+        self.put = batch.put
+        self.delete = batch.delete
+        self._batch = batch
+        self._shown = shown
+
+    def write(self) -> None:
+        try:
+            self._batch.write()
+        except plyvel.Error as error:
+            raise StoreError(self._shown, f"does not take a write: {error}") from None
 
 
 class DataDirectory:
@@ -121,7 +142,7 @@ class DataDirectory:
             directory = self.path / _DATABASE
             batches = _read_batches(self.path)
             new = not (directory / "CURRENT").exists()
-            if new and (batches is not None or any(directory.glob("*.ldb"))):
+            if new and (batches is not None or any(directory.glob("*.ldb")) or any(directory.glob("*.log"))):
                 raise StoreError(str(directory / "CURRENT"), "is missing: the database is damaged")
             (self.path / _SUMS).unlink(missing_ok=True)
             self._database = LevelDatabase(directory, create=new)
@@ -146,13 +167,38 @@ class DataDirectory:
         """Count what the store has written; to be called after each batch. Costs one small write."""
         os.pwrite(self._batches, _pack_batches(self.store.sequence), 0)
 
+    def keep_block(self, block_hash: bytes, encoded: bytes) -> None:
+        """Keep a block until Bitcoin has answered. Survives a kill.
+
+        Args:
+            block_hash: 32 bytes, internal order.
+            encoded: what ``kept_blocks`` gives back.
+        """
+        (self.path / _BLOCKS).mkdir(exist_ok=True)
+        fresh = self._block_file(block_hash).with_suffix(".new")
+        fresh.write_bytes(encoded)
+        fresh.replace(self._block_file(block_hash))
+
+    def drop_block(self, block_hash: bytes) -> None:
+        """Bitcoin has answered."""
+        self._block_file(block_hash).unlink(missing_ok=True)
+
+    def kept_blocks(self) -> list[bytes]:
+        """The blocks that were kept and not dropped."""
+        return [file.read_bytes() for file in sorted((self.path / _BLOCKS).glob("*.block"))]
+
+    def _block_file(self, block_hash: bytes) -> Path:
+        return self.path / _BLOCKS / f"{block_hash[::-1].hex()}.block"
+
     def close(self) -> None:
         """Close the database, note the sums of its files, and let go of the directory."""
-        self._database.close()
-        os.close(self._batches)
-        sums = _sum_files(self.path)
-        _write_synced(self.path / _SUMS, json.dumps(sums, indent=1).encode() + b"\n")
-        self._let_go()
+        try:
+            self._database.close()
+            os.close(self._batches)
+            sums = _sum_files(self.path)
+            _write_synced(self.path / _SUMS, json.dumps(sums, indent=1).encode() + b"\n")
+        finally:
+            self._let_go()
 
     def _take(self) -> int:
         if self.path in _held:
@@ -162,15 +208,21 @@ class DataDirectory:
             lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise ConfigError(f"data directory {self.path} cannot be used: {error.strerror}") from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        deadline = time.monotonic() + LOCK_PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.02)  # somebody may only be looking: see is_in_use
+                    continue
             owner = os.pread(lock, 20, 0).decode("ascii", "replace").strip()
             os.close(lock)
             raise ConfigError(
                 f"data directory {self.path} is in use by another node (process {owner or 'unknown'}); "
                 "stop it, or give this one another --data-dir"
-            ) from None
+            )
         os.ftruncate(lock, 0)
         os.pwrite(lock, str(os.getpid()).encode(), 0)
         _held.add(self.path)

@@ -188,7 +188,8 @@ class JobBook:
     """The jobs that miners may still answer.
 
     Mutable fields: ``_jobs`` (by id, oldest first, bounded) and ``_current`` (the jobs of the newest work, by
-    payout script, class and share target) with ``_work``, the newest work; ``_next_id``.
+    payout script, class and share target) with ``_work``, the newest work; ``_previous``, how many jobs the work
+    before it had; ``_next_id``.
     """
 
     def __init__(self, chain: Sharechain, *, first_id: int, capacity: int = 1_000) -> None:
@@ -203,6 +204,7 @@ class JobBook:
         self._capacity = capacity
         self._next_id = first_id
         self._work: Work | None = None
+        self._previous = 0
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._current: dict[tuple[bytes, int, int | None], Job] = {}
 
@@ -214,6 +216,7 @@ class JobBook:
     def renew(self, work: Work) -> None:
         """From now on give jobs on ``work``; older ones may still be answered."""
         self._work = work
+        self._previous = len(self._current)
         self._current.clear()
 
     def job_for(self, payout_script: bytes, payout_class: int, share_target: int | None = None) -> Job | None:
@@ -233,7 +236,8 @@ class JobBook:
             )
             self._next_id += 1
             self._current[key] = self._jobs[job.job_id] = job
-            while len(self._jobs) > max(self._capacity, 2 * len(self._current)):
+            # However many miners there are, the jobs that they are still on while new ones go out are kept.
+            while len(self._jobs) > max(self._capacity, 2 * (self._previous + len(self._current))):
                 self._jobs.popitem(last=False)
         return job
 

@@ -21,6 +21,7 @@ import trio
 
 from p2pool.bitcoin_backend import BitcoinBackend, BlockTemplate, HeaderFacts, SubmitResult
 from p2pool.bitcoin_backend.address import AddressError, decode_address
+from p2pool.blocks import RETRY_S, BlockSubmitter, FoundBlock
 from p2pool.database import DataDirectory
 from p2pool.errors import BackendError, ConfigError, StratumError
 from p2pool.jobs import Candidate, JobBook, next_work
@@ -36,25 +37,22 @@ from sharechain.share import Share, is_payout_script
 from sharechain.store import StoredShare
 from sharechain.validate import BlockFacts, is_block
 
-__all__ = ["FoundBlock", "Node", "NodeStatistics"]
+__all__ = ["BlockOutcome", "Node", "NodeStatistics"]
 
 logger = logging.getLogger("p2pool.node")
 
 #: Seconds. Miners drop a pool that is silent for 60 to 120 s, so that there is fresh work at least so often.
 WORK_INTERVAL_S: Final = 20.0
+#: Share difficulties that a miner may ask for; the rules narrow them further.
+MIN_DIFFICULTY: Final = 2.0**-31
+MAX_DIFFICULTY: Final = 2.0**200
 #: Seconds between two waits for the disk: what a power cut can cost.
 SYNC_INTERVAL_S: Final = 1.0
-#: Seconds before the backend is asked again after it failed; doubles up to the second.
-RETRY_S: Final = (0.5, 30.0)
-#: Bitcoin Core's word for a block that it stored beside its chain without looking into it.
-STALE_BLOCK: Final = "inconclusive"
-#: How often a block is submitted to a backend that does not answer.
-SUBMIT_TRIES: Final = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FoundBlock:
-    """A share that is a Bitcoin block, and what Bitcoin said of it."""
+class BlockOutcome:
+    """A block that this node found, and what Bitcoin said of it."""
 
     #: As displayed.
     block_hash: str
@@ -76,7 +74,7 @@ class NodeStatistics:
     shares: int
     #: Shares of own miners that broke a rule, by rule.
     invalid: Mapping[str, int]
-    blocks: Sequence[FoundBlock]
+    blocks: Sequence[BlockOutcome]
     bitcoin_height: int
     share_difficulty: float
 
@@ -85,15 +83,16 @@ class NodeStatistics:
 class _Counters:
     shares: int = 0
     invalid: Counter[str] = field(default_factory=Counter)
-    blocks: list[FoundBlock] = field(default_factory=list)
+    blocks: list[BlockOutcome] = field(default_factory=list)
 
 
 class Node:
     """One node on one data directory and one Bitcoin backend.
 
     Mutable fields: ``chain`` and the store (written only by ``accept`` and what it calls), ``_template`` (the newest
-    from Bitcoin), ``_book`` with ``_notifies`` (jobs by desk id), ``_found`` (hashes of blocks handed to the block
-    task), ``_synced_at`` and ``_unsynced``, and the counters. Invariant: the store holds what the chain holds.
+    from Bitcoin), ``_book`` with ``_notifies`` (jobs by desk id), ``_outcomes`` (what Bitcoin said of blocks whose
+    share is not in the chain yet), ``_synced_at`` and ``_unsynced``, and the counters. Invariant: the store holds
+    what the chain holds.
     """
 
     def __init__(
@@ -137,8 +136,8 @@ class Node:
         self._bitcoin_height = -1
         self._book = JobBook(self.chain, first_id=int(clock() * 1000) & 0xFFFFFFFF)
         self._notifies: dict[str, Notify] = {}
-        self._found: set[bytes] = set()
-        self._blocks_in, self._blocks_out = trio.open_memory_channel[Candidate](math.inf)
+        self._outcomes: dict[bytes, str] = {}
+        self._submitter = BlockSubmitter(backend=backend, directory=directory, on_answer=self._on_answer)
         self._synced_at = -math.inf
         self._unsynced = False
         self._counters = _Counters()
@@ -156,13 +155,16 @@ class Node:
         Args:
             listeners: listening sockets for miners, see ``p2pool.stratum.server.open_listeners``.
         """
-        async with trio.open_nursery() as nursery:
-            await nursery.start(self._follow_bitcoin)
-            await self._settle_blocks()
-            await nursery.start(self.server.serve, listeners)
-            nursery.start_soon(self._submit_blocks)
-            nursery.start_soon(self._tick)
-            task_status.started()
+        try:
+            async with trio.open_nursery() as nursery:
+                await nursery.start(self._follow_bitcoin)
+                await nursery.start(self._submitter.run, self._unsettled)
+                await nursery.start(self.server.serve, listeners)
+                nursery.start_soon(self._tick)
+                task_status.started()
+        finally:
+            for listener in listeners:  # the server has closed them, if it came so far
+                listener.close()
 
     def statistics(self) -> NodeStatistics:
         """Counts and gauges; a frozen value."""
@@ -215,7 +217,8 @@ class Node:
         """The current job: see ``p2pool.stratum.protocol.Desk``."""
         target = None
         if worker.share_difficulty is not None:
-            target = max(1, min(2**256 - 1, int(DIFFICULTY_1_TARGET / worker.share_difficulty)))
+            difficulty = min(max(worker.share_difficulty, MIN_DIFFICULTY), MAX_DIFFICULTY)
+            target = int(DIFFICULTY_1_TARGET / difficulty)
         job = self._book.job_for(worker.payout_script, worker.payout_class, target)
         if job is None:
             return None
@@ -248,9 +251,7 @@ class Node:
             nonce=submission.nonce,
         )
         if candidate.is_block:  # also one that is stale, or no share by the miner's own harder target
-            if candidate.hash not in self._found:
-                self._found.add(candidate.hash)
-                self._blocks_in.send_nowait(candidate)  # submits it, then accepts the share
+            self._submitter.submit(_found_block(candidate), lambda: self._accept_block(candidate))
         elif candidate.is_share:
             ahead_s = submission.time - self._clock()
             if ahead_s > self.params.future_limit_s:
@@ -291,7 +292,10 @@ class Node:
         }
         sync = now - self._synced_at >= SYNC_INTERVAL_S
         if change.added or change.pruned:
-            self._store.write(change, first_seen_ms=int(now * 1000), facts=facts, sync=sync)
+            outcomes = {
+                share.hash: self._outcomes.pop(share.hash) for share in change.added if share.hash in self._outcomes
+            }
+            self._store.write(change, first_seen_ms=int(now * 1000), facts=facts, block_outcomes=outcomes, sync=sync)
             self._directory.note_written()
             self._unsynced = not sync
             if sync:
@@ -303,7 +307,7 @@ class Node:
             logger.debug("share %s at height %d", _shown(share.hash), share.data.height)
         if change.disconnected:
             logger.info("reorg: %d shares left the main chain", len(change.disconnected))
-        if change.new_tip != change.old_tip:
+        if change.added:  # a new tip, or an uncle to name
             self._renew_work(clean=False)
 
     def _renew_work(self, *, clean: bool) -> None:
@@ -349,67 +353,33 @@ class Node:
                 logger.error("the Bitcoin node does not tell its tip: %s", error)
                 await trio.sleep(retry_s)
 
-    async def _submit_blocks(self) -> None:
-        async with trio.open_nursery() as nursery:
-            async for candidate in self._blocks_out:
-                nursery.start_soon(self._submit_block, candidate)
+    def _accept_block(self, candidate: Candidate) -> None:
+        if not candidate.is_share:
+            return
+        try:
+            self.accept(candidate.share())
+        except InvalidShare as error:
+            self._counters.invalid[error.rule] += 1
+            logger.error("block %s is no valid share: %s", _shown(candidate.hash), error)
 
-    async def _submit_block(self, candidate: Candidate) -> None:
-        async with trio.open_nursery() as nursery:
-            # Returns as soon as the submission is under way in its thread or on its socket.
-            await nursery.start(self._submit_until_answered, candidate)
-            if candidate.is_share:
-                try:
-                    self.accept(candidate.share())
-                except InvalidShare as error:
-                    self._counters.invalid[error.rule] += 1
-                    logger.error("block %s is no valid share: %s", _shown(candidate.hash), error)
-        reason = next(b.reason for b in reversed(self._counters.blocks) if b.block_hash == _shown(candidate.hash))
-        self._store.write_block_outcome(candidate.hash, reason, sync=True)
-        self._directory.note_written()
-
-    async def _submit_until_answered(
-        self, candidate: Candidate, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
-        template, retry_s, tries = candidate.job.work.template, RETRY_S[0], 1
-        task_status.started()
-        while True:
-            try:
-                result = await self._backend.submit_block(candidate.block())
-                break
-            except BackendError as error:
-                logger.error("block %s: not submitted: %s", _shown(candidate.hash), error)
-                if tries == SUBMIT_TRIES:
-                    result = SubmitResult(accepted=False, reason=f"not submitted: {error}")
-                    break
-            await trio.sleep(retry_s)
-            retry_s, tries = min(2 * retry_s, RETRY_S[1]), tries + 1
-        if result.accepted:
-            level, said = logging.INFO, "accepted by Bitcoin"
-        elif result.reason == STALE_BLOCK:
-            level, said = logging.WARNING, "stale: Bitcoin's chain already ends in another block of that height"
-        else:
-            level, said = logging.ERROR, f"refused by Bitcoin: {result.reason}"
-        logger.log(level, "block %s at height %d: %s", _shown(candidate.hash), template.height, said)
-        self._counters.blocks.append(
-            FoundBlock(
-                block_hash=candidate.hash[::-1].hex(),
-                block_height=template.height,
-                value=template.coinbase_value,
-                payouts=candidate.job.payouts.count,
-                transactions=len(template.transactions),
-                accepted=result.accepted,
-                reason=result.reason,
+    def _on_answer(self, block: FoundBlock, result: SubmitResult) -> None:
+        if block.raw:
+            self._counters.blocks.append(
+                BlockOutcome(
+                    block_hash=_shown(block.block_hash),
+                    block_height=block.block_height,
+                    value=block.value,
+                    payouts=block.payouts,
+                    transactions=block.transactions,
+                    accepted=result.accepted,
+                    reason=result.reason,
+                )
             )
-        )
-
-    async def _settle_blocks(self) -> None:
-        """Ask Bitcoin what became of blocks that were submitted just before a kill."""
-        for block_hash in self._unsettled:
-            known = await self._backend.header_facts(block_hash)
-            outcome = "" if known is not None else "unknown: the node stopped before Bitcoin answered"
-            self._store.write_block_outcome(block_hash, outcome, sync=False)
+        if block.block_hash in self.chain:
+            self._store.write_block_outcome(block.block_hash, result.reason, sync=True)
             self._directory.note_written()
+        else:
+            self._outcomes[block.block_hash] = result.reason
 
     async def _tick(self) -> None:
         eased_s = self.params.stall_doubling_s / 2
@@ -426,6 +396,18 @@ class Node:
             work = self._book.work
             if work is not None and now - work.time >= min(WORK_INTERVAL_S, max(1.0, eased_s)):
                 self._renew_work(clean=False)
+
+
+def _found_block(candidate: Candidate) -> FoundBlock:
+    template = candidate.job.work.template
+    return FoundBlock(
+        block_hash=candidate.hash,
+        block_height=template.height,
+        value=template.coinbase_value,
+        payouts=candidate.job.payouts.count,
+        transactions=len(template.transactions),
+        raw=candidate.block(),
+    )
 
 
 def _script_of(address: str, params: Params) -> bytes:

@@ -6,6 +6,7 @@ import logging
 import math
 import signal
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Final
 
 import trio
@@ -13,7 +14,7 @@ import trio
 from p2pool.config import Config
 from p2pool.database import DataDirectory
 from p2pool.errors import ConfigError
-from p2pool.miner import MinerEvent, MinerStatistics, mine
+from p2pool.miner import Miner, MinerEvent, MinerStatistics, mine
 from p2pool.node import Node
 from p2pool.stratum.server import ServerSettings, open_listeners
 from p2pool.stratum.vardiff import VardiffSettings
@@ -94,7 +95,7 @@ async def _run_node(config: Config) -> None:
 
 def run_miner(
     *, host: str, port: int, user: str, password: str, threads: int, seconds: float | None
-) -> MinerStatistics | None:
+) -> MinerStatistics:
     """Mine until interrupted, or for some seconds; progress goes to standard error.
 
     Returns:
@@ -106,7 +107,7 @@ def run_miner(
     from rich.console import Console
 
     console = Console(stderr=True, highlight=False)
-    last: MinerStatistics | None = None
+    last = MinerStatistics(hashes=0, hash_rate=0.0, accepted=0, rejected={}, difficulty=0.0)
     shown_at = -math.inf
 
     def show(event: MinerEvent) -> None:
@@ -122,8 +123,17 @@ def run_miner(
             )
 
     async def work() -> None:
+        nonlocal last
+        miner: Miner | None = None
         with trio.move_on_after(math.inf if seconds is None else seconds):
-            await mine(host=host, port=port, user=user, password=password, threads=threads, on_event=show)
+            async with trio.open_nursery() as nursery:
+                try:
+                    client = partial(mine, host=host, port=port, user=user, password=password, threads=threads)
+                    miner = await nursery.start(partial(client, on_event=show))
+                    await trio.sleep_forever()
+                finally:
+                    if miner is not None:
+                        last = miner.statistics()
 
     trio.run(until_signal, work)
     return last

@@ -8,6 +8,7 @@ file may be a node's own choice.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -30,6 +31,8 @@ DUST: Final = 546
 MAX_MONEY: Final = 21_000_000 * 100_000_000
 
 _ENCODING_VERSION: Final = 1
+#: Names are used as names of directories.
+_NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,8 +166,8 @@ def _check(params: Params) -> None:
     for key in ("name", "bitcoin_network"):
         if type(getattr(params, key)) is not str:
             raise ParamsError(key, f"a text is needed, got {show_value(getattr(params, key))}")
-    if not params.name or len(params.name) > 64 or not params.name.isprintable():
-        raise ParamsError("name", "1 to 64 printable characters are needed")
+    if not _NAME.fullmatch(params.name):
+        raise ParamsError("name", "1 to 64 letters, digits, dots, dashes and underscores are needed, no dot first")
     if params.bitcoin_network not in BITCOIN_NETWORKS:
         raise ParamsError("bitcoin_network", f"one of {', '.join(BITCOIN_NETWORKS)} is needed")
     for key, (least, most) in _RANGES.items():

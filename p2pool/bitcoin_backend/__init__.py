@@ -34,6 +34,13 @@ class BitcoinBackend(Protocol):
             block_hash: 32 bytes, internal order.
         """
 
+    async def is_on_chain(self, block_hash: bytes) -> bool:
+        """Whether a block is part of the node's best chain.
+
+        Arguments:
+            block_hash: 32 bytes, internal order.
+        """
+
     async def submit_block(self, raw: bytes) -> SubmitResult:
         """Hand a block to the node and wait for its verdict.
 

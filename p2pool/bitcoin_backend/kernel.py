@@ -176,6 +176,10 @@ class KernelBackend:
             return known
         return await trio.to_thread.run_sync(self.header_facts_now, block_hash)
 
+    async def is_on_chain(self, block_hash: bytes) -> bool:
+        """See `BitcoinBackend`."""
+        return await trio.to_thread.run_sync(self.is_on_chain_now, block_hash)
+
     async def submit_block(self, raw: bytes) -> SubmitResult:
         """Have Core judge a block, and tell those who wait for a tip if it moved."""
         before = self._tip.block_hash
@@ -270,13 +274,19 @@ class KernelBackend:
             block_hash: 32 bytes, internal order.
         """
         facts = self.header_facts_now(block_hash)
-        if facts is None:
+        if facts is None or not self.is_on_chain_now(block_hash):
             return None
         with self._library():
+            return self._read_block(self._manager.get_active_chain().block_tree_entries[facts.height])
+
+    def is_on_chain_now(self, block_hash: bytes) -> bool:
+        """Give what `is_on_chain` gives."""
+        facts = self.header_facts_now(block_hash)
+        if facts is None:
+            return False
+        with self._library():
             entries = self._manager.get_active_chain().block_tree_entries
-            if facts.height >= len(entries) or bytes(entries[facts.height].block_hash) != block_hash:
-                return None
-            return self._read_block(entries[facts.height])
+            return facts.height < len(entries) and bytes(entries[facts.height].block_hash) == block_hash
 
     def tip_now(self) -> HeaderFacts:
         """Give what `tip` gives."""

@@ -12,7 +12,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-import p2pool.node
+import p2pool.blocks
 from p2pool.bitcoin_backend import BitcoinBackend, BlockTemplate, HeaderFacts, SubmitResult
 from p2pool.bitcoin_backend.kernel import KernelBackend
 from p2pool.database import DataDirectory, open_copy
@@ -97,6 +97,10 @@ class Unreliable:
         self._pass("header_facts")
         return await self.inner.header_facts(block_hash)
 
+    async def is_on_chain(self, block_hash: bytes) -> bool:
+        self._pass("is_on_chain")
+        return await self.inner.is_on_chain(block_hash)
+
     async def submit_block(self, raw: bytes) -> SubmitResult:
         self._pass("submit_block")
         self.submitted.append(raw)
@@ -133,7 +137,7 @@ async def unreliable(path: Path, *, clock: Clock | None = None) -> AsyncIterator
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries without the pauses that a real Bitcoin node deserves."""
-    monkeypatch.setattr(p2pool.node, "RETRY_S", (0.001, 0.002))
+    monkeypatch.setattr(p2pool.blocks, "RETRY_S", (0.001, 0.002))
 
 
 # -- shares --------------------------------------------------------------------------------------------------
@@ -194,8 +198,7 @@ async def test_a_share_of_the_job_before_becomes_an_uncle(tmp_path: Path) -> Non
         first.submit(first.find())
         uncle = late.find(job=job)
         assert late.submit(uncle).is_share
-        first.submit(first.find())
-        assert first.job().data.uncles == (uncle.hash,)
+        assert first.job().data.uncles == (uncle.hash,), "at once: the sooner it is named, the heavier the chain"
         first.submit(first.find())
         tip = node.chain.tip
         assert tip is not None
@@ -406,7 +409,7 @@ async def test_a_bitcoin_node_that_is_away_for_ten_minutes_still_gets_the_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # bitcoind that restarts after a crash checks its blocks for minutes; what the block is worth can wait.
-    monkeypatch.setattr(p2pool.node, "RETRY_S", (0.0005, 0.001))
+    monkeypatch.setattr(p2pool.blocks, "RETRY_S", (0.0005, 0.001))
     async with unreliable(tmp_path) as (node, backend):
         rig = Rig(node)
         backend.down.add("submit_block")
@@ -487,11 +490,11 @@ async def test_a_bitcoin_node_that_fails_while_old_blocks_are_settled_is_asked_a
     directory.close()
 
     class FailsOnce(Unreliable):
-        async def header_facts(self, block_hash: bytes) -> HeaderFacts | None:
+        async def is_on_chain(self, block_hash: bytes) -> bool:
             if block_hash == found.hash and "failed" not in self.calls:
                 self.calls.append("failed")
                 raise BackendError("connection reset")
-            return await super().header_facts(block_hash)
+            return await super().is_on_chain(block_hash)
 
     # The tip moves on, so that the first thing asked of this block is its outcome.
     with KernelBackendOpen(tmp_path / "bitcoin") as again:

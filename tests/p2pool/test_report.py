@@ -420,7 +420,7 @@ def test_each_miner_reads_why_it_is_paid_what_it_is_paid() -> None:
     large = miner_of(report, miner_script(0))
     assert large["paid_by"] == "exact"
     assert "it is paid exactly" in large["why"]
-    assert f"{large['entitlement']:,} sat of {VALUE:,}" in large["why"]
+    assert f"{large['entitlement']:,} sat of the {VALUE:,}" in large["why"]
     kinds = {miner["paid_by"]: miner for miner in report["miners"]}
     assert set(kinds) == {"exact", "drawn", "not drawn"}
     assert f"is drawn and paid {kinds['drawn']['paid']:,} sat" in kinds["drawn"]["why"]
