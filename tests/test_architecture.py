@@ -36,7 +36,7 @@ WORLD = {"asyncio", "logging", "multiprocessing", "os", "pathlib", "plyvel", "ra
 WORLD |= {"socket", "ssl", "subprocess", "tempfile", "threading", "time", "trio", "urllib", "http"}
 #: Files of the node that may touch the world; all others are pure.
 IO_FILES = {
-    *("bench", "cli", "database", "demo", "lab", "miner", "node", "service"),
+    *("bench", "blocks", "cli", "database", "demo", "lab", "miner", "node", "service"),
     *("bitcoin_backend/kernel", "bitcoin_backend/rpc", "p2p/host", "stratum/server", "web/server"),
 }
 IO_MODULES = {"trio", "socket", "plyvel", "plyvel_next", "time", "random", "secrets", "select", "libp2p", "pbk"}
