@@ -412,6 +412,7 @@ def test_an_interrupted_miner_ends_without_a_traceback(number: signal.Signals) -
             stderr=subprocess.PIPE,
             text=True,
         )
+        sock.settimeout(20)
         connection, _ = sock.accept()
         with connection:
             connection.recv(100)
