@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -99,6 +100,7 @@ def run_demo(*, shares: int, block_every: int, miners: int, data_dir: Path | Non
     Returns:
         Exit code: 0 only if Bitcoin accepted every block and every coinbase equals its recomputation.
     """
+    logging.getLogger("p2pool").addHandler(logging.NullHandler())  # the summary tells what happened
     scratch = None if data_dir is not None else Path(tempfile.mkdtemp(prefix="p2pool-demo-"))
     directory = scratch if data_dir is None else data_dir
     assert directory is not None
