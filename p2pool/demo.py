@@ -345,19 +345,22 @@ def _progress(run: _Run, shares: int, as_json: bool) -> Iterator[Callable[[], No
 def _progress_line(run: _Run, shares: int) -> str:
     assert run.node is not None
     statistics = run.node.statistics()
-    accepted = sum(block.accepted for block in statistics.blocks)
-    stale = sum(block.reason == STALE_BLOCK for block in statistics.blocks)
-    refused = len(statistics.blocks) - accepted - stale
     return (
         f"{run.seconds:5.1f} s  {run.hash_rate() / 1e6:6.2f} MH/s  shares {statistics.shares}/{shares}  "
-        f"height {statistics.chain.height}  blocks {accepted} accepted, {stale} stale, {refused} refused"
+        f"height {statistics.chain.height}  {_blocks_line(statistics)}"
     )
+
+
+def _blocks_line(statistics: NodeStatistics) -> str:
+    accepted = sum(block.accepted for block in statistics.blocks)
+    stale = sum(block.reason == STALE_BLOCK for block in statistics.blocks)
+    return f"blocks {accepted} accepted, {stale} stale, {len(statistics.blocks) - accepted - stale} refused"
 
 
 def _progress_table(run: _Run, shares: int) -> Group:
     assert run.node is not None
     chain, statistics = run.node.chain, run.node.statistics()
-    bar = ProgressBar(total=shares, completed=min(shares, statistics.shares), width=60)
+    bar = ProgressBar(total=shares, completed=min(shares, statistics.shares), width=40)
     credited: Counter[bytes] = Counter()
     uncles = 0
     for entry in chain.entries():
@@ -374,16 +377,17 @@ def _progress_table(run: _Run, shares: int) -> Group:
             str(credited[decode_address(plan.address, "regtest")]),
             plan.address,
         )
-    last = statistics.blocks[-1] if statistics.blocks else None
-    block = (
-        "none yet"
-        if last is None
-        else (
-            f"{last.block_hash[:16]}… at height {last.block_height}, {last.payouts} payouts, "
-            f"{last.transactions} transactions: {'accepted' if last.accepted else 'refused, ' + last.reason}"
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row(f"{run.seconds:.1f} s, {run.hash_rate() / 1e6:.2f} MH/s", bar)
+    grid.add_row("shares", f"{statistics.shares} of {shares}, {uncles} uncles, height {statistics.chain.height}")
+    grid.add_row("blocks", _blocks_line(statistics).removeprefix("blocks "))
+    if statistics.blocks:
+        last = statistics.blocks[-1]
+        grid.add_row(
+            "last block",
+            f"{last.payouts} payouts and {last.transactions} transactions at height {last.block_height}",
         )
-    )
-    return Group(f"{_progress_line(run, shares)}  uncles {uncles}", bar, f"last block: {block}", "", table)
+    return Group(grid, "", table)
 
 
 def _print_summary(run: _Run, summary: dict[str, Any], data_dir: Path | None) -> None:
