@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import cbor2
-import plyvel
 import pytest
 
 from sharechain.chain import Accepted, Sharechain
@@ -17,6 +16,7 @@ from sharechain.share import Share
 from sharechain.store import SCHEMA, Database, Store, read_params
 from sharechain.validate import BlockFacts
 from tests.builders import FINE, GENESIS_BLOCK, GENESIS_FACTS, START_TIME, add, grow, mine, new_chain, snapshot
+from tests.leveldb import plyvel
 
 SMALL = FINE.with_overrides({"name": "stored", "window_max_shares": 6})
 MARGIN = 12
