@@ -9,7 +9,7 @@ VENV=${P2POOL_VENV:-$ROOT/.venv}
 check_machine() {
     local missing=0 candidate
     PYTHON=
-    for candidate in ${P2POOL_PYTHON:-python3 python3.13 python3.12 python3.11}; do
+    for candidate in ${P2POOL_PYTHON:+"$P2POOL_PYTHON"} python3 python3.13 python3.12 python3.11; do
         if command -v "$candidate" >/dev/null &&
             "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
             PYTHON=$candidate
@@ -27,23 +27,34 @@ check_machine() {
         echo "missing: a C compiler, which the Rust toolchain links with. On Debian: apt-get install build-essential" >&2
         missing=1
     fi
-    if ! command -v cargo >/dev/null && [ -x "${CARGO_HOME:-$HOME/.cargo}/bin/cargo" ]; then
-        PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
+    local cargo_home=${CARGO_HOME:-${HOME:-/root}/.cargo} cargo_version=
+    if ! command -v cargo >/dev/null && [ -x "$cargo_home/bin/cargo" ]; then
+        PATH="$cargo_home/bin:$PATH"
     fi
     if ! command -v cargo >/dev/null; then
         echo "missing: a Rust toolchain (1.89 or later). Install rustup (on Debian 13 and later: apt-get install rustup)," >&2
         echo "         then: rustup default stable" >&2
         missing=1
-    elif ! cargo --version | awk '{ split($2, v, "."); exit !(v[1] > 1 || v[2] >= 89) }'; then
-        echo "too old: $(cargo --version); Rust 1.89 or later is needed: rustup update stable" >&2
+    elif ! cargo_version=$(cargo --version 2>/dev/null); then
+        echo "missing: a Rust toolchain (1.89 or later); rustup is there: rustup default stable" >&2
+        missing=1
+    elif ! echo "$cargo_version" | awk '{ split($2, v, "."); exit !(v[1] > 1 || v[2] >= 89) }'; then
+        echo "too old: $cargo_version; Rust 1.89 or later is needed: rustup update stable" >&2
         missing=1
     fi
     [ "$missing" = 0 ] || exit 1
 }
 
-# Makes the virtual environment if it is not there or belongs to another Python.
+# Makes the virtual environment if it is not there, or is one that does not work or of another Python.
 make_venv() {
-    if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
-        "$PYTHON" -m venv --clear "$VENV"
+    local version='import sys; print(sys.version_info[:2])'
+    if [ "$("$VENV/bin/python" -c "$version" 2>/dev/null)" = "$("$PYTHON" -c "$version")" ] &&
+        "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+        return
     fi
+    if [ -e "$VENV" ] && [ ! -e "$VENV/pyvenv.cfg" ] && [ -n "$(ls -A "$VENV")" ]; then
+        echo "$VENV is not empty and no virtual environment: name another one in P2POOL_VENV" >&2
+        exit 1
+    fi
+    "$PYTHON" -m venv --clear "$VENV"
 }

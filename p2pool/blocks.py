@@ -1,9 +1,9 @@
 """Blocks that were found: submitted before anything else, kept on disk until Bitcoin has answered.
 
-Theory of operation. A block is handed over synchronously and submitted by a task. As soon as the submission is
-under way the block is written to the data directory, and only then does its share join the chain. A Bitcoin node
-that does not answer is asked again for as long as this node runs, and once more at each start. A stop waits a few
-seconds for answers; what has none by then is on disk.
+Theory of operation. A block is handed over synchronously and submitted by a task. Its share joins the chain when
+Bitcoin has answered, or a moment later if it has not; a block without an answer is then also written to the data
+directory. A Bitcoin node that does not answer is asked again for as long as this node runs, and once more at each
+start. A stop waits a few seconds for answers; what has none by then is on disk.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import trio
 from p2pool.bitcoin_backend import BitcoinBackend, SubmitResult
 from p2pool.database import DataDirectory
 from p2pool.errors import BackendError
+from sharechain.errors import SharechainError
 
 __all__ = ["STALE_BLOCK", "BlockSubmitter", "FoundBlock"]
 
@@ -27,6 +28,8 @@ logger = logging.getLogger("p2pool.node")
 
 #: Seconds before a backend that failed is asked again; doubles from the first to the second.
 RETRY_S: Final = (0.5, 30.0)
+#: Seconds that a block's share waits for Bitcoin's answer: nothing of ours competes with the submission meanwhile.
+GRACE_S: Final = 0.02
 #: Seconds that a stop waits for answers.
 STOP_S: Final = 10.0
 #: Bitcoin Core's word for a block that it stored beside its chain without looking into it.
@@ -65,14 +68,14 @@ class BlockSubmitter:
         *,
         backend: BitcoinBackend,
         directory: DataDirectory,
-        on_answer: Callable[[FoundBlock, SubmitResult], None],
+        on_answer: Callable[[bytes, SubmitResult, FoundBlock | None], None],
     ) -> None:
         """Nothing is submitted before ``run``.
 
         Args:
             backend: the Bitcoin node.
             directory: where blocks are kept until they are answered.
-            on_answer: told what Bitcoin said, once for each block.
+            on_answer: told what Bitcoin said: the block's hash, the answer, and the block if this run submitted it.
         """
         self._backend = backend
         self._directory = directory
@@ -87,7 +90,7 @@ class BlockSubmitter:
 
         Args:
             block: the block.
-            then: called when the submission is under way and the block is on disk: puts its share into the chain.
+            then: called after the submission: puts the block's share into the chain.
         """
         if block.block_hash not in self._found:
             self._found.add(block.block_hash)
@@ -101,20 +104,18 @@ class BlockSubmitter:
             task_status: started when the unsettled have been asked for once.
         """
         async with trio.open_nursery() as nursery:
-            kept = [_decode(raw) for raw in self._directory.kept_blocks()]
-            for block in kept:
-                logger.info(
-                    "block %s was not answered before the last stop: submitted again", block.block_hash[::-1].hex()
-                )
-                self._found.add(block.block_hash)
-                nursery.start_soon(self._submit, block, _nothing)
-            known = {block.block_hash for block in kept}
-            await nursery.start(self._settle, [block_hash for block_hash in unsettled if block_hash not in known])
-            task_status.started()
             try:
+                kept = self._read_kept()
+                for block in kept:
+                    logger.info("block %s was not answered before the last stop: submitted again", _shown(block))
+                    self._found.add(block.block_hash)
+                    nursery.start_soon(self._submit, block, _nothing)
+                known = {block.block_hash for block in kept}
+                await nursery.start(self._settle, [block_hash for block_hash in unsettled if block_hash not in known])
+                task_status.started()
                 async for block, then in self._out:
                     nursery.start_soon(self._submit, block, then)
-            except trio.Cancelled:
+            finally:
                 self._stopped.set()
                 for scope in self._scopes:
                     scope.deadline = trio.current_time() + STOP_S
@@ -124,37 +125,59 @@ class BlockSubmitter:
                     except trio.WouldBlock:
                         break
                     nursery.start_soon(self._submit, block, then)
-                raise
+
+    def _read_kept(self) -> list[FoundBlock]:
+        blocks = []
+        for file, raw in self._directory.kept_blocks():
+            try:
+                blocks.append(_decode(raw))
+            except (cbor2.CBORError, ValueError, TypeError) as error:
+                logger.error("%s is no block (%s): set aside", file, error)
+                self._directory.set_aside(file)
+        return blocks
 
     async def _submit(self, block: FoundBlock, then: Callable[[], None]) -> None:
+        failure: SharechainError | None = None
         with trio.CancelScope(shield=True) as scope:
             if self._stopped.is_set():
                 scope.deadline = trio.current_time() + STOP_S
             self._scopes.add(scope)
             try:
                 async with trio.open_nursery() as nursery:
-                    # Returns as soon as the submission is under way in its thread or on its socket.
-                    await nursery.start(self._submit_until_answered, block)
-                    self._directory.keep_block(block.block_hash, block.encode())
-                    then()
+                    answered = trio.Event()
+                    nursery.start_soon(self._submit_until_answered, block, answered)
+                    with trio.move_on_after(GRACE_S):
+                        await answered.wait()
+                    if not answered.is_set():
+                        self._keep(block)
+                    try:
+                        then()
+                    except SharechainError as error:  # such as a full disk: must not end the submission
+                        failure = error
             finally:
                 self._scopes.discard(scope)
+        if failure is not None:
+            raise failure
 
-    async def _submit_until_answered(
-        self, block: FoundBlock, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-    ) -> None:
-        task_status.started()
+    def _keep(self, block: FoundBlock) -> None:
+        try:
+            self._directory.keep_block(block.block_hash, block.encode())
+        except OSError as error:
+            logger.error("block %s cannot be kept on disk: %s", _shown(block), error)
+
+    async def _submit_until_answered(self, block: FoundBlock, answered: trio.Event) -> None:
         retry_s = RETRY_S[0]
         while True:
             try:
                 result = await self._backend.submit_block(block.raw)
-                if result.reason == "duplicate" and await self._backend.is_on_chain(block.block_hash):
-                    result = SubmitResult(accepted=True)  # an earlier try got through, its answer did not
+                if result.reason == "duplicate":  # an earlier try got through, its answer did not
+                    result = await self._fate(block.block_hash)
                 break
             except BackendError as error:
                 logger.error("block %s: no answer, asked again in %.1f s: %s", _shown(block), retry_s, error)
             if self._stopped.is_set():
-                return  # it is on disk
+                self._keep(block)
+                return
             with trio.move_on_after(retry_s):
                 await self._stopped.wait()
             retry_s = min(2 * retry_s, RETRY_S[1])
@@ -165,9 +188,17 @@ class BlockSubmitter:
         else:
             level, said = logging.ERROR, f"refused by Bitcoin: {result.reason}"
         logger.log(level, "block %s at height %d: %s", _shown(block), block.block_height, said)
-        await trio.lowlevel.checkpoint()  # the share has joined the chain: see _submit
-        self._on_answer(block, result)
+        answered.set()
+        self._on_answer(block.block_hash, result, block)
         self._directory.drop_block(block.block_hash)
+
+    async def _fate(self, block_hash: bytes) -> SubmitResult:
+        """What became of a block that was submitted before. Raises: BackendError."""
+        if await self._backend.is_on_chain(block_hash):
+            return SubmitResult(accepted=True)
+        if await self._backend.header_facts(block_hash) is not None:
+            return SubmitResult(accepted=False, reason=STALE_BLOCK)
+        return SubmitResult(accepted=False, reason="unknown to the Bitcoin node")
 
     async def _settle(
         self, unsettled: Sequence[bytes], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -177,27 +208,18 @@ class BlockSubmitter:
         while True:
             for block_hash in waiting[:]:
                 try:
-                    if await self._backend.is_on_chain(block_hash):
-                        result = SubmitResult(accepted=True)
-                    elif await self._backend.header_facts(block_hash) is not None:
-                        result = SubmitResult(accepted=False, reason=STALE_BLOCK)
-                    else:
-                        result = SubmitResult(accepted=False, reason="unknown to the Bitcoin node")
+                    result = await self._fate(block_hash)
                 except BackendError as error:
                     logger.error("block %s: its fate is not known yet: %s", block_hash[::-1].hex(), error)
                     continue
                 waiting.remove(block_hash)
-                self._on_answer(_remembered(block_hash), result)
+                self._on_answer(block_hash, result, None)
             task_status.started()
             task_status = trio.TASK_STATUS_IGNORED
             if not waiting:
                 return
             await trio.sleep(retry_s)
             retry_s = min(2 * retry_s, RETRY_S[1])
-
-
-def _remembered(block_hash: bytes) -> FoundBlock:
-    return FoundBlock(block_hash=block_hash, block_height=0, value=0, payouts=0, transactions=0, raw=b"")
 
 
 def _decode(raw: bytes) -> FoundBlock:

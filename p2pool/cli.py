@@ -225,9 +225,7 @@ def shares(config_file: Path | None, last: int, as_json: bool, **flags: str | No
 @_config_options("network", "data_dir")
 @click.option("--address", metavar="ADDRESS", help="Tell all of one miner: why it is paid, or why not.")
 @click.option("--class", "payout_class", type=int, help="Payout class. [default: the largest]")
-@click.option(
-    "--value", type=click.IntRange(0, 21 * 10**14), help="Sat in the block. [default: as in the newest share]"
-)
+@click.option("--value", type=click.IntRange(0, MAX_VALUE), help="Sat in the block. [default: as in the newest share]")
 @_json_option
 def payouts(
     config_file: Path | None,

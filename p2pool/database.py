@@ -168,24 +168,26 @@ class DataDirectory:
         os.pwrite(self._batches, _pack_batches(self.store.sequence), 0)
 
     def keep_block(self, block_hash: bytes, encoded: bytes) -> None:
-        """Keep a block until Bitcoin has answered. Survives a kill.
+        """Keep a block until Bitcoin has answered. Survives a kill and a power cut.
 
         Args:
             block_hash: 32 bytes, internal order.
             encoded: what ``kept_blocks`` gives back.
         """
         (self.path / _BLOCKS).mkdir(exist_ok=True)
-        fresh = self._block_file(block_hash).with_suffix(".new")
-        fresh.write_bytes(encoded)
-        fresh.replace(self._block_file(block_hash))
+        _write_synced(self._block_file(block_hash), encoded)
 
     def drop_block(self, block_hash: bytes) -> None:
         """Bitcoin has answered."""
         self._block_file(block_hash).unlink(missing_ok=True)
 
-    def kept_blocks(self) -> list[bytes]:
-        """The blocks that were kept and not dropped."""
-        return [file.read_bytes() for file in sorted((self.path / _BLOCKS).glob("*.block"))]
+    def kept_blocks(self) -> list[tuple[Path, bytes]]:
+        """The files of blocks that were kept and not dropped, with what ``keep_block`` was given."""
+        return [(file, file.read_bytes()) for file in sorted((self.path / _BLOCKS).glob("*.block"))]
+
+    def set_aside(self, file: Path) -> None:
+        """Rename a file of ``kept_blocks`` that cannot be read, so that it is not met again and not lost."""
+        file.replace(file.with_suffix(".damaged"))
 
     def _block_file(self, block_hash: bytes) -> Path:
         return self.path / _BLOCKS / f"{block_hash[::-1].hex()}.block"
@@ -376,3 +378,8 @@ def _write_synced(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     fresh.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)

@@ -31,6 +31,8 @@ from sharechain.validate import (
 
 __all__ = ["EXTRANONCE_SIZE", "Candidate", "Job", "JobBook", "Work", "build_job", "next_work"]
 
+#: Seconds after which no miner answers a job any more; each holds on to a whole template.
+MAX_JOB_AGE_S: Final = 900
 #: Bytes. Extranonce1 (4) and extranonce2 (8) together.
 EXTRANONCE_SIZE: Final = 12
 
@@ -218,6 +220,8 @@ class JobBook:
         self._work = work
         self._previous = len(self._current)
         self._current.clear()
+        while self._jobs and (oldest := next(iter(self._jobs.values()))).work.time < work.time - MAX_JOB_AGE_S:
+            del self._jobs[oldest.job_id]
 
     def job_for(self, payout_script: bytes, payout_class: int, share_target: int | None = None) -> Job | None:
         """The current job for a payout script, or None while there is no work. Arguments as of ``build_job``."""

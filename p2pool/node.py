@@ -284,13 +284,13 @@ class Node:
             raise StratumError(20, str(error)) from None
 
     def _record(self, change: Accepted) -> None:
-        now = self._clock()
+        now, moment = self._clock(), trio.current_time()
         facts = {
             share.previous_block_hash: fact
             for share in change.added
             if (fact := self.chain.block_facts(share.previous_block_hash)) is not None
         }
-        sync = now - self._synced_at >= SYNC_INTERVAL_S
+        sync = moment - self._synced_at >= SYNC_INTERVAL_S
         if change.added or change.pruned:
             outcomes = {
                 share.hash: self._outcomes.pop(share.hash) for share in change.added if share.hash in self._outcomes
@@ -299,7 +299,7 @@ class Node:
             self._directory.note_written()
             self._unsynced = not sync
             if sync:
-                self._synced_at = now
+                self._synced_at = moment
         self._counters.shares += len(change.added)
         for share, error in change.rejected:
             logger.warning("share %s that had waited breaks a rule: %s", _shown(share.hash), error)
@@ -362,11 +362,11 @@ class Node:
             self._counters.invalid[error.rule] += 1
             logger.error("block %s is no valid share: %s", _shown(candidate.hash), error)
 
-    def _on_answer(self, block: FoundBlock, result: SubmitResult) -> None:
-        if block.raw:
+    def _on_answer(self, block_hash: bytes, result: SubmitResult, block: FoundBlock | None) -> None:
+        if block is not None:
             self._counters.blocks.append(
                 BlockOutcome(
-                    block_hash=_shown(block.block_hash),
+                    block_hash=_shown(block_hash),
                     block_height=block.block_height,
                     value=block.value,
                     payouts=block.payouts,
@@ -375,21 +375,21 @@ class Node:
                     reason=result.reason,
                 )
             )
-        if block.block_hash in self.chain:
-            self._store.write_block_outcome(block.block_hash, result.reason, sync=True)
+        if block_hash in self.chain:
+            self._store.write_block_outcome(block_hash, result.reason, sync=True)
             self._directory.note_written()
         else:
-            self._outcomes[block.block_hash] = result.reason
+            self._outcomes[block_hash] = result.reason
 
     async def _tick(self) -> None:
         eased_s = self.params.stall_doubling_s / 2
         while True:
             await trio.sleep(min(SYNC_INTERVAL_S, eased_s))
-            now = self._clock()
-            if self._unsynced and now - self._synced_at >= SYNC_INTERVAL_S:
+            now, moment = self._clock(), trio.current_time()
+            if self._unsynced and moment - self._synced_at >= SYNC_INTERVAL_S:
                 self._store.sync()
                 self._directory.note_written()
-                self._synced_at, self._unsynced = now, False
+                self._synced_at, self._unsynced = moment, False
             change = self.chain.release(now)
             if isinstance(change, Accepted):
                 self._record(change)

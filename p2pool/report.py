@@ -1,7 +1,7 @@
 """What a stored sharechain says, as plain values that become JSON, CSV and tables.
 
-``audit_rows`` at the end is the dumb twin of all that pays: it recomputes a coinbase from exported rows alone, with
-none of the code that built it.
+``audit_rows`` at the end is the dumb twin of all that pays: it recomputes a coinbase from exported rows alone, in
+the plainest way.
 """
 
 from __future__ import annotations

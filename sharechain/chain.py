@@ -48,7 +48,7 @@ __all__ = [
     "Unanchored",
 ]
 
-#: Shares that may wait at once, for anything. The oldest gives way.
+#: Shares that may wait at once, for anything. The one that began to wait first gives way.
 MAX_WAITING: Final = 2_000
 #: Seconds that a share may wait. What it waits for does not exist, or is found again with it by a later sync.
 MAX_WAIT_S: Final = 1_800
@@ -337,8 +337,8 @@ class Sharechain:
             if not isinstance(verdict, Buried):
                 self._wait(share_id(share.encoded), share, verdict, now)
             return verdict
-        added, rejected = self._connect_waiting(share, now)
-        return self._adopt(old_tip, added, rejected)
+        added, rejected = self._judge_again(self._wanted.pop(share.hash, ()), now)
+        return self._adopt(old_tip, [share, *added], rejected)
 
     def learn_block(self, block_hash: bytes, facts: BlockFacts, now: float) -> Outcome | None:
         """Take in what Bitcoin says of a block, and judge the shares that waited for it.
@@ -442,30 +442,14 @@ class Sharechain:
         self._by_height.setdefault(entry.height, []).append(entry)
         return entry
 
-    def _connect_waiting(self, share: Share, now: float) -> tuple[list[Share], list[tuple[Share, InvalidShare]]]:
-        """Judge what waited for ``share``, which was just linked, and what waited for that, and so on."""
-        added, rejected = [share], []
-        for joined in added:  # grows while it is walked
-            for identity in sorted(self._wanted.pop(joined.hash, ())):
-                waiting = self._forget(identity)
-                if waiting is None:
-                    continue
-                try:
-                    verdict = self._judge(waiting.share, now)
-                except InvalidShare as error:
-                    rejected.append((waiting.share, error))
-                    continue
-                if isinstance(verdict, ChainEntry):
-                    added.append(waiting.share)
-                elif not isinstance(verdict, Buried):
-                    self._wait(identity, waiting.share, verdict, waiting.since)
-        return added, rejected
-
-    def _retry(self, identities: Iterable[bytes], now: float) -> Outcome | None:
-        old_tip = self.tip
+    def _judge_again(
+        self, identities: Iterable[bytes], now: float
+    ) -> tuple[list[Share], list[tuple[Share, InvalidShare]]]:
+        """Judge waiting shares whose reason to wait is gone, then what waited for those that joined, and so on."""
         added: list[Share] = []
         rejected: list[tuple[Share, InvalidShare]] = []
-        for identity in sorted(identities):
+        queue = sorted(identities)
+        for identity in queue:  # grows while it is walked
             waiting = self._forget(identity)
             if waiting is None or waiting.share.hash in self._entries:
                 continue
@@ -475,11 +459,15 @@ class Sharechain:
                 rejected.append((waiting.share, error))
                 continue
             if isinstance(verdict, ChainEntry):
-                more, broken = self._connect_waiting(waiting.share, now)
-                added += more
-                rejected += broken
+                added.append(waiting.share)
+                queue += sorted(self._wanted.pop(verdict.hash, ()))
             elif not isinstance(verdict, Buried):
                 self._wait(identity, waiting.share, verdict, waiting.since)
+        return added, rejected
+
+    def _retry(self, identities: Iterable[bytes], now: float) -> Outcome | None:
+        old_tip = self.tip
+        added, rejected = self._judge_again(identities, now)
         if not added and not rejected:
             return None
         return self._adopt(old_tip, added, rejected)
@@ -489,6 +477,11 @@ class Sharechain:
         return bodies is not None and share_id(share.encoded) in bodies
 
     def _wait(self, identity: bytes, share: Share, verdict: Orphaned | Early | Unanchored, since: float) -> None:
+        bodies = self._bodies.setdefault(share.hash, [])
+        if len(bodies) >= MAX_BODIES:  # the first were there before a forger could see the header
+            self._dropped += 1
+            return
+        bodies.append(identity)
         if isinstance(verdict, Early):
             heapq.heappush(self._early, (verdict.until, identity))
             keys: tuple[bytes, ...] = ()
@@ -499,11 +492,6 @@ class Sharechain:
         for key in keys:
             self._wanted.setdefault(key, set()).add(identity)
         self._waiting[identity] = _Waiting(share=share, keys=keys, since=since)
-        bodies = self._bodies.setdefault(share.hash, [])
-        bodies.append(identity)
-        if len(bodies) > MAX_BODIES:
-            self._forget(bodies[0])
-            self._dropped += 1
         if len(self._waiting) > self._max_waiting:
             self._forget(next(iter(self._waiting)))
             self._dropped += 1

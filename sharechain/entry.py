@@ -16,7 +16,7 @@ __all__ = ["ChainEntry", "ancestors"]
 class ChainEntry:
     """One valid share, linked to its ancestors.
 
-    Nothing changes after construction, but for ``parent``, which pruning sets to None.
+    Nothing changes after construction, but that pruning cuts ``parent`` and ``uncles`` off where history ends.
     """
 
     __slots__ = (

@@ -211,8 +211,6 @@ def check_in_chain(params: Params, share: Share, parent: ChainEntry | None, uncl
         raise InvalidShare("R8", f"bits {data.bits:#010x} is over {params.heaviest_share} times harder than max_bits")
     if uncles:
         _check_uncles(params, parent, uncles)
-    elif data.uncles:
-        raise InvalidShare("R9", "a share without parent names uncles")
     if parent is not None and share.block_height < parent.block_height - 1:
         raise InvalidShare("R12", f"block height is at least {parent.block_height - 1} here, got {share.block_height}")
 

@@ -586,7 +586,7 @@ class Session:
             del job.seen[next(iter(job.seen))]
         if user not in self._workers:
             raise StratumError(UNAUTHORIZED, f"not authorized on this connection: {user}")
-        if (verdict.stale or job.generation < self._generation) and not verdict.is_block:
+        if (verdict.stale or job.generation < self._generation) and not counts:
             raise StratumError(STALE, "stale")
         return job.exponent, verdict
 

@@ -320,6 +320,7 @@ async def test_a_late_block_is_submitted_and_the_pool_keeps_mining_on_the_winner
         await until(lambda: len(node.statistics().blocks) == 1)
         (found,) = node.statistics().blocks
         assert (found.accepted, found.reason) == (False, "inconclusive")
+        await until(lambda: node.chain.tip is not None)
         assert node.chain.tip is not None
         assert node.chain.tip.hash == late.hash, "its work counts as a share all the same"
 
@@ -398,7 +399,8 @@ async def test_a_block_is_submitted_again_until_bitcoin_answers(tmp_path: Path, 
         block = rig.find(is_any_block)
         rig.submit(block)
         await until(lambda: backend.calls.count("submit_block") >= 3)
-        assert node.chain.tip is not None, "the share does not wait for Bitcoin"
+        await until(lambda: node.chain.tip is not None)  # the share does not wait for Bitcoin
+        assert node.chain.tip is not None
         assert node.chain.tip.hash == block.hash
         backend.down.clear()
         await until(lambda: is_settled(node, block))

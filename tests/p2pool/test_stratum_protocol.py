@@ -49,6 +49,8 @@ class ToyDesk:
     """Hands out jobs and hashes what comes back. `judged` holds each submission with its verdict, in order."""
 
     def __init__(self) -> None:
+        #: Whether the sharechain takes shares on the Bitcoin block before, as ours does.
+        self.takes_late_shares = False
         self.share_target = target_of_exponent(-24)
         self.block_target = target_of_exponent(-20)
         self.previous = bytes(range(32))
@@ -108,10 +110,11 @@ class ToyDesk:
         header = struct.pack("<I", submission.header_version(job.version)) + job.previous_block_hash + root
         header += struct.pack("<III", submission.time, job.bits, submission.nonce)
         value = int.from_bytes(sha256d(header), "little")
+        stale = job.previous_block_hash != self.previous
         verdict = Verdict(
             hash_value=value,
-            stale=job.previous_block_hash != self.previous,
-            is_share=value <= job.share_target,
+            stale=stale,
+            is_share=value <= job.share_target and (self.takes_late_shares or not stale),
             is_block=value <= job.block_target,
         )
         self.judged.append((submission, verdict))
@@ -999,7 +1002,17 @@ def test_work_in_flight_is_good_until_the_tip_of_bitcoin_moves_and_stale_after()
     talk.desk.new_tip()
     talk.hear(talk.session.on_new_work(True, talk.now))
     assert code_of(talk.submit(later, notify=old)) == 21
-    assert talk.desk.judged[-1][1].is_share, "judged before it was stale"
+    assert talk.desk.judged[-1][1].stale, "judged before it was refused"
+
+
+def test_a_late_share_that_is_paid_is_not_called_stale() -> None:
+    """The sharechain takes a share on the Bitcoin block before: whoever is credited must not read a reject."""
+    talk = Talk().start()
+    talk.desk.takes_late_shares = True
+    old, nonce = talk.notify, talk.mine()
+    talk.desk.new_tip()
+    talk.hear(talk.session.on_new_work(True, talk.now))
+    assert talk.submit(nonce, notify=old)["result"] is True
 
 
 def test_the_desk_may_know_of_a_new_tip_before_the_miner() -> None:
