@@ -56,6 +56,10 @@ def _run_click() -> None:
         sys.exit(error.exit_code)
     except click.Abort:
         sys.exit(_EXIT_INTERRUPTED)
+    except OSError as error:  # such as a full disk behind standard output
+        where = f"{error.filename}: " if error.filename else ""
+        click.echo(f"p2pool: error: {where}{error.strerror or error}", err=True)
+        sys.exit(1)
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

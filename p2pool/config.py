@@ -194,7 +194,7 @@ def load_config(flags: Mapping[str, object], environment: Mapping[str, str], fil
     if not isinstance(overrides, dict):
         raise ConfigError(f"{file}:{_line(text, 'params')}: params: a table is needed")
     if overrides:
-        if "name" not in overrides:
+        if overrides.get("name") in (None, *NETWORKS):
             raise ConfigError(f"{file}:{_line(text, 'params')}: params: a private network needs a name of its own")
         try:
             params = params.with_overrides(overrides)

@@ -149,6 +149,8 @@ class DataDirectory:
             try:
                 #: The sharechain on disk.
                 self.store = Store(self._database, params)
+                if batches is None and self.store.sequence:
+                    self.warnings.append(f"{_BATCHES} is missing: whether the log lost its tail cannot be told")
                 if self.store.sequence < (batches or 0):
                     self.warnings.append(
                         f"the database holds {self.store.sequence} of {batches} batches: the machine lost power, or "
@@ -285,6 +287,8 @@ def open_copy(path: Path) -> Iterator[tuple[Params, Store]]:
                 if params is None:
                     raise StoreError(str(source), f"is empty, but {_BATCHES} counts {batches} batches")
                 store = Store(database, params)
+                if batches is None and store.sequence:
+                    raise StoreError(str(path / _BATCHES), "is missing: whether the log lost its tail cannot be told")
                 if batches is not None and store.sequence < batches and not last:
                     continue
                 if batches is not None and store.sequence < batches:
@@ -310,7 +314,7 @@ def check_files(path: Path) -> int:
     """
     try:
         noted = json.loads((path / _SUMS).read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return 0
     except ValueError as error:
         raise StoreError(str(path / _SUMS), f"is damaged: {error}") from None

@@ -252,11 +252,9 @@ class Node:
         )
         if candidate.is_block:  # also one that is stale, or no share by the miner's own harder target
             self._submitter.submit(_found_block(candidate), lambda: self._accept_block(candidate))
+        elif (ahead_s := submission.time - self._clock()) > (limit := self.params.future_limit_s):
+            raise StratumError(20, f"ntime is {ahead_s:.0f} s ahead of the clock; shares may be {limit} s ahead")
         elif candidate.is_share:
-            ahead_s = submission.time - self._clock()
-            if ahead_s > self.params.future_limit_s:
-                limit = self.params.future_limit_s
-                raise StratumError(20, f"ntime is {ahead_s:.0f} s ahead of the clock; shares may be {limit} s ahead")
             self._accept_own(candidate)
         current = self._template
         stale = current is not None and template.previous_block_hash != current.previous_block_hash
@@ -280,7 +278,9 @@ class Node:
             self.accept(candidate.share())
         except InvalidShare as error:
             self._counters.invalid[error.rule] += 1
-            logger.warning("a miner's share breaks a rule: %s", error)
+            count = self._counters.invalid[error.rule]
+            if count & (count - 1) == 0:  # the first, the second, the fourth ...: a miner must not fill the log
+                logger.warning("a miner's share breaks a rule (number %d of this rule): %s", count, error)
             raise StratumError(20, str(error)) from None
 
     def _record(self, change: Accepted) -> None:

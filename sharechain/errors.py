@@ -53,6 +53,8 @@ def show_value(value: object) -> str:
         return f"{len(value)} bytes"
     if isinstance(value, int) and abs(value) < 2**256:
         return str(value)
+    if isinstance(value, list | tuple) and len(value) <= 8 and all(isinstance(part, int) for part in value):
+        return f"[{', '.join(map(show_value, value))}]"
     if isinstance(value, str):
         return repr(value[:80])
     return f"a {type(value).__name__}"  # a hostile number may be too large to print

@@ -202,7 +202,7 @@ def check_in_chain(params: Params, share: Share, parent: ChainEntry | None, uncl
     if data.total_work != derived.total_work:
         raise InvalidShare("R5", f"total work is {derived.total_work} here, got {data.total_work}")
     if parent is not None and share.time <= (least := median_time(parent)):
-        raise InvalidShare("R6", f"time is after the median of the ancestors, {least}, got {share.time}")
+        raise InvalidShare("R6", f"time must be after the median of the ancestors, {least}; got {share.time}")
     if data.max_bits != derived.max_bits:
         raise InvalidShare("R7", f"max_bits is {derived.max_bits:#010x} here, got {data.max_bits:#010x}")
     if bits_to_target(data.bits) > easiest_target(params, parent, data.max_bits, share.time):

@@ -199,3 +199,12 @@ def test_params_must_be_a_table(tmp_path: Path) -> None:
     file = written(tmp_path, "params = 5\n")
     with pytest.raises(ConfigError, match=":1: params: a table is needed"):
         load(file)
+
+
+@pytest.mark.parametrize("name", ["", 'name = "regtest"', 'name = "mainnet"'])
+def test_a_private_network_has_a_name_that_no_known_network_has(tmp_path: Path, name: str) -> None:
+    """Two networks of one name would share a directory, and their operators an error that says nothing."""
+    file = tmp_path / "p2pool.toml"
+    file.write_text(f'network = "regtest"\n[params]\n{name}\nmin_payout = 20000\n')
+    with pytest.raises(ConfigError, match=r"p2pool.toml:2: params: .* name of its own"):
+        load_config({}, {}, file)

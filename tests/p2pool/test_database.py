@@ -468,3 +468,18 @@ def _nothing_stays_open() -> Iterator[None]:
     held = set(database._held)
     database._held.clear()
     assert held == set()
+
+
+def test_a_lost_count_of_batches_is_told(tmp_path: Path) -> None:
+    """Without it a log that lost its tail looks like a whole one."""
+    directory = DataDirectory(tmp_path, PARAMS)
+    directory.store.sync()
+    directory.note_written()
+    directory.close()
+    (tmp_path / "sharechain.sums").unlink()
+    (tmp_path / "sharechain.batches").unlink()
+    with pytest.raises(StoreError, match=r"sharechain\.batches: is missing"), open_copy(tmp_path):
+        pass
+    again = DataDirectory(tmp_path, PARAMS)
+    assert "sharechain.batches is missing" in again.warnings[0]
+    again.close()

@@ -214,7 +214,7 @@ async def test_the_miner_of_a_share_that_breaks_a_rule_is_told_which(tmp_path: P
             node._renew_work(clean=False)
             rig.submit(rig.find())
         before = remember(node)
-        with pytest.raises(StratumError, match="R6: time is after the median") as refused:
+        with pytest.raises(StratumError, match="R6: time must be after the median") as refused:
             rig.submit(rig.find(time=START - 100))
         assert refused.value.code == 20
         assert remember(node) == before
