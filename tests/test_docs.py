@@ -126,8 +126,8 @@ def test_each_test_and_function_named_exists(path: Path) -> None:
 @pytest.mark.parametrize("path", PAGES, ids=relative)
 def test_pages_stand_alone(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert "../shared" not in text
-    assert "PROTOCOL.md" not in text
+    for target in re.findall(r"\]\(([^)#:]+)[^)]*\)", text):
+        assert (path.parent / target).resolve().is_relative_to(ROOT), f"{target} is outside the repository"
 
 
 @pytest.mark.parametrize("number", range(1, 13))
