@@ -22,6 +22,7 @@ from p2pool.config import OPTIONS, Config, load_config
 from p2pool.errors import P2PoolError
 from sharechain import __version__
 from sharechain.errors import SharechainError
+from sharechain.params import MAX_MONEY
 
 if TYPE_CHECKING:
     from sharechain.chain import Sharechain
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-#: Sat. All bitcoins.
-MAX_VALUE: Final = 21 * 10**14
 #: Shell convention: ended by SIGINT.
 _EXIT_INTERRUPTED: Final = 130
 
@@ -229,7 +228,7 @@ def shares(config_file: Path | None, last: int, as_json: bool, **flags: str | No
 @_config_options("network", "data_dir")
 @click.option("--address", metavar="ADDRESS", help="Tell all of one miner: why it is paid, or why not.")
 @click.option("--class", "payout_class", type=int, help="Payout class. [default: the largest]")
-@click.option("--value", type=click.IntRange(0, MAX_VALUE), help="Sat in the block. [default: as in the newest share]")
+@click.option("--value", type=click.IntRange(0, MAX_MONEY), help="Sat in the block. [default: as in the newest share]")
 @_json_option
 def payouts(
     config_file: Path | None,

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Final
 
 __all__ = [
+    "DIFFICULTY_1_TARGET",
     "MAX_U256",
     "bits_to_target",
     "difficulty_of",

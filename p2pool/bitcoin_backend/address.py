@@ -12,11 +12,11 @@ Source: BIP13, BIP16, BIP141, BIP173, BIP341, BIP350.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from p2pool.errors import P2PoolError
+from sharechain.hasher import sha256d
 
 
 class AddressError(P2PoolError, ValueError):
@@ -125,7 +125,7 @@ def _wrong_network(address: str, network: str, networks: list[str]) -> AddressEr
 
 
 def _checksum(body: bytes) -> bytes:
-    return hashlib.sha256(hashlib.sha256(body).digest()).digest()[:4]
+    return sha256d(body)[:4]
 
 
 def _encode_base58check(version: int, payload: bytes) -> str:

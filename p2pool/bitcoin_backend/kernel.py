@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import hashlib
 import logging
 import math
 import os
@@ -52,6 +51,7 @@ from p2pool.bitcoin_backend.template import (
     build_template,
 )
 from p2pool.errors import BackendError
+from sharechain.hasher import sha256d
 
 _logger = logging.getLogger(__name__)
 
@@ -241,7 +241,7 @@ class KernelBackend:
             if not pointer:
                 return SubmitResult(accepted=False, reason="decode-failed")
             block = self._pbk.Block._from_handle(pointer)
-            block_hash = _sha256d(raw[:80])
+            block_hash = sha256d(raw[:80])
             self._verdicts.clear()
             states: dict[str, str] = {}
             _heard.states = states
@@ -538,7 +538,3 @@ def _sync_directory(directory: Path) -> None:
 
 def _header_time(entry: Any) -> int:
     return int(entry.block_header.timestamp.timestamp())
-
-
-def _sha256d(data: bytes) -> bytes:
-    return hashlib.sha256(hashlib.sha256(data).digest()).digest()

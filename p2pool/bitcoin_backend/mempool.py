@@ -18,9 +18,9 @@ from bitcoin.core.serialize import SerializationError, VarIntSerializer
 
 from p2pool.bitcoin_backend.template import TemplateTransaction
 from p2pool.errors import BackendError
+from sharechain.params import MAX_MONEY
 
 COINBASE_MATURITY = 100  # blocks
-_MAX_MONEY = 21_000_000 * 100_000_000  # sat
 _WEIGHT_LIMIT = 3_600_000  # of a block's 4,000,000 weight units: a tenth is left to the coinbase
 _UNDO_DEPTH = 100  # blocks; a deeper reorg collects the unspent outputs anew and forgets what was undone
 
@@ -138,7 +138,7 @@ class Mempool:
             raise BackendError("txn-already-in-mempool: it was added before")
         if not values or len(set(outpoints)) < len(outpoints):
             raise BackendError("bad-txns: no output, or an input twice")
-        if min(values) < 0 or sum(values) > _MAX_MONEY:
+        if min(values) < 0 or sum(values) > MAX_MONEY:
             raise BackendError("bad-txns-vout-toolarge: an output is negative, or all are more than there is")
         if self.weight + transaction.weight > _WEIGHT_LIMIT:
             raise BackendError("mempool-full: the next block has no room for it")

@@ -8,9 +8,10 @@ are tried with it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from sharechain.hasher import sha256d
 
 COIN = 100_000_000  # sat
 _WITNESS_RESERVED_VALUE = bytes(32)  # BIP141: the coinbase's witness, free for future commitments, zero today
@@ -161,7 +162,7 @@ def merkle_root(hashes: Sequence[bytes]) -> bytes:
         raise ValueError("a merkle tree needs at least one hash")
     root = hashes[0]
     for sibling in merkle_branch(hashes[1:]):
-        root = _sha256d(root + sibling)
+        root = sha256d(root + sibling)
     return root
 
 
@@ -183,7 +184,7 @@ def merkle_branch(txids: Sequence[bytes]) -> tuple[bytes, ...]:
         branch.append(level[0])
         if len(level) % 2 == 0:
             level.append(level[-1])
-        level = [_sha256d(level[i] + level[i + 1]) for i in range(1, len(level), 2)]
+        level = [sha256d(level[i] + level[i + 1]) for i in range(1, len(level), 2)]
     return tuple(branch)
 
 
@@ -198,7 +199,7 @@ def witness_commitment_of(wtxids: Sequence[bytes]) -> bytes:
 
     Source: BIP141, "Commitment structure".
     """
-    return _sha256d(merkle_root([bytes(32), *wtxids]) + _WITNESS_RESERVED_VALUE)
+    return sha256d(merkle_root([bytes(32), *wtxids]) + _WITNESS_RESERVED_VALUE)
 
 
 def assemble_block(header: bytes, coinbase: bytes, template: BlockTemplate) -> bytes:
@@ -230,7 +231,3 @@ def _compact_size(number: int) -> bytes:
     if number <= 0xFFFF:
         return b"\xfd" + number.to_bytes(2, "little")
     return b"\xfe" + number.to_bytes(4, "little")
-
-
-def _sha256d(data: bytes) -> bytes:
-    return hashlib.sha256(hashlib.sha256(data).digest()).digest()

@@ -19,8 +19,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-DIFFICULTY_1_TARGET = 0xFFFF << 208
-"""The target of difficulty 1. Source: Bitcoin Core, GetDifficulty."""
+from sharechain.difficulty import DIFFICULTY_1_TARGET
 
 HASHES_PER_DIFFICULTY = 2**256 / DIFFICULTY_1_TARGET
 """Expected hashes for one submission at difficulty 1, about 2 ** 32."""

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pool.stratum.vardiff import (
-    DIFFICULTY_1_TARGET,
     EASIEST_EXPONENT,
     HARDEST_EXPONENT,
     HASHES_PER_DIFFICULTY,
@@ -24,6 +23,7 @@ from p2pool.stratum.vardiff import (
     target_of_exponent,
     tolerant_target_of_exponent,
 )
+from sharechain.difficulty import DIFFICULTY_1_TARGET
 
 exponents = st.integers(EASIEST_EXPONENT, HARDEST_EXPONENT)
 
