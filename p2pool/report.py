@@ -84,7 +84,12 @@ def load_chain(params: Params, store: Store, shares: Iterable[StoredShare] | Non
     chain = Sharechain(params)
     try:
         stored_shares = store.shares() if shares is None else shares
-        chain.restore((stored.share for stored in stored_shares), facts=store.facts(), tip=store.tip())
+        chain.restore(
+            (stored.share for stored in stored_shares),
+            facts=store.facts(),
+            tip=store.tip(),
+            short_history=store.short_history,
+        )
     except InvalidShare as error:
         raise StoreError("shares", error.message) from None
     return chain

@@ -16,7 +16,7 @@ __all__ = ["ChainEntry", "ancestors"]
 class ChainEntry:
     """One valid share, linked to its ancestors.
 
-    Nothing changes after construction, but that pruning cuts ``parent`` and ``uncles`` off where history ends.
+    Nothing changes after construction, but that ``parent`` and ``uncles`` are cut off where history ends.
     """
 
     __slots__ = (
@@ -29,6 +29,7 @@ class ChainEntry:
         "previous_block_hash",
         "time",
         "total_work",
+        "uncle_count",
         "uncles",
         "unit_work",
         "work",
@@ -42,7 +43,7 @@ class ChainEntry:
         Args:
             share: valid in its chain.
             parent: its parent's entry; None for the first of a chain, or where history ends.
-            uncles: the entries of the uncles that it names, in its order.
+            uncles: the entries of the uncles that it names, in its order; without those that history does not hold.
             payout_script: equal to the share's; handed in so that one miner's shares keep one object.
         """
         data = share.data
@@ -57,9 +58,16 @@ class ChainEntry:
         self.unit_work = self.work + sum(uncle.work for uncle in uncles)
         self.total_work = data.total_work
         self.uncles = uncles
+        #: How many uncles it names, whether history holds them or not.
+        self.uncle_count = len(data.uncles)
         self.payout_script = payout_script
         self.block_height = share.block_height
         self.previous_block_hash = share.previous_block_hash
+
+    def drop_uncles(self) -> None:
+        """Be as if history held none of the uncles that the share names."""
+        self.uncles = ()
+        self.unit_work = self.work
 
     def __repr__(self) -> str:
         return f"<ChainEntry {self.hash[::-1].hex()[:16]} at {self.height}>"

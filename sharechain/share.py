@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import cbor2
 
+from sharechain.cbor import decode_cbor
 from sharechain.errors import DecodeError, show_value
 from sharechain.hasher import sha256d
 from sharechain.params import MAX_MONEY
@@ -37,6 +38,8 @@ __all__ = [
 MAX_SHARE_SIZE: Final = 16 * 1024
 #: Hashes. 2^16 transactions are more than a block can hold.
 MAX_BRANCH: Final = 16
+#: Elements of a share's arrays together: its own, the branch's, those of ``data``, 100 uncles, and a large integer.
+MAX_ITEMS: Final = 6 + MAX_BRANCH + 9 + 100 + 1
 #: The only version of ``data`` that there is.
 SHARE_VERSION: Final = 1
 #: The parent of a chain's first share.
@@ -155,10 +158,7 @@ def decode_share(raw: bytes) -> Share:
     """
     if len(raw) > MAX_SHARE_SIZE:
         raise DecodeError(f"a share has at most {MAX_SHARE_SIZE} bytes, got {len(raw)}")
-    try:
-        values: Any = cbor2.loads(raw, max_depth=8, allow_indefinite=False)
-    except (cbor2.CBORError, ValueError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
-        raise DecodeError(f"not CBOR: {error}") from None
+    values: Any = decode_cbor(raw, most_items=MAX_ITEMS, max_depth=4)
     if type(values) is not list or len(values) != 6:
         raise DecodeError("a share is an array of 6")
     header, coinbase_script, coinbase_value, witness_commitment, branch, data = values

@@ -4,6 +4,7 @@ Keys (``docs/reference/store.md``):
 
     m/schema, m/params         schema version; canonical CBOR of the network's parameters
     m/sequence                 number of the last batch
+    m/short                    there while history is short: begun on trust, and not as long as pruning leaves it
     s + hash                   a share: [encoding, first seen (Unix ms), outcome as a Bitcoin block or null]
     h + height + hash          index by height (8 bytes, big endian)
     b + block hash             Bitcoin block that shares build on: [height, next bits]
@@ -16,7 +17,7 @@ plyvel's interface will do. A batch is all or nothing, so a kill at any moment l
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -36,6 +37,7 @@ SCHEMA: Final = 1
 _SCHEMA_KEY: Final = b"m/schema"
 _PARAMS_KEY: Final = b"m/params"
 _SEQUENCE_KEY: Final = b"m/sequence"
+_SHORT_KEY: Final = b"m/short"
 _TIP_KEY: Final = b"t"
 
 
@@ -92,7 +94,8 @@ def read_params(database: Database) -> Params | None:
 class Store:
     """Reads and writes one network's sharechain.
 
-    Mutable field: ``sequence``, the number of batches written, which is also in the database.
+    Mutable fields: ``sequence``, the number of batches written, and ``short_history``, whether the history that is
+    stored was begun on trust and is short. Both are also in the database.
     """
 
     def __init__(self, database: Database, params: Params) -> None:
@@ -122,6 +125,10 @@ class Store:
         if type(number) is not int:
             raise StoreError("m/sequence", f"not a number: {type(number).__name__}")
         self.sequence = number
+        short = self._database.get(_SHORT_KEY)
+        if short is not None and _decode("m/short", short) is not True:
+            raise StoreError("m/short", "not true")
+        self.short_history = short is not None
 
     def write(
         self,
@@ -156,7 +163,49 @@ class Store:
             batch.delete(b"b" + block_hash)
         if change.new_tip is not None:
             batch.put(_TIP_KEY, _seal(change.new_tip))
-        self._commit(batch)
+        self._commit(batch, short_history=change.short_history)
+
+    def replace(
+        self,
+        shares: Iterable[Share],
+        *,
+        facts: Mapping[bytes, BlockFacts],
+        tip: bytes,
+        short_history: bool,
+        first_seen_ms: int,
+        sync: bool,
+    ) -> None:
+        """Write another history in the place of the one stored, as one atomic batch.
+
+        A share that is in both keeps what is stored of it, with the time when it was first seen and its outcome as a
+        block.
+
+        Args:
+            shares: all of the new history.
+            facts: of the Bitcoin blocks that they build on.
+            tip: hash of the new tip.
+            short_history: of the new chain.
+            first_seen_ms: Unix milliseconds, for the shares that are new.
+            sync: wait for the disk.
+        """
+        batch = self._database.write_batch(transaction=False, sync=sync)
+        gone = set(self._database.iterator(prefix=b"h", include_value=False))
+        gone |= {b"s" + key[9:] for key in gone}
+        gone |= set(self._database.iterator(prefix=b"s", include_value=False))
+        gone |= set(self._database.iterator(prefix=b"b", include_value=False))
+        for share in shares:
+            key = b"s" + share.hash
+            if self._database.get(key) is None:
+                batch.put(key, _encode([share.encoded, first_seen_ms, None]))
+            batch.put(_height_key(share.data.height, share.hash), _seal(b""))
+            gone -= {key, _height_key(share.data.height, share.hash)}
+        for block_hash, fact in facts.items():
+            batch.put(b"b" + block_hash, _encode([fact.height, fact.next_bits]))
+            gone.discard(b"b" + block_hash)
+        for key in gone:
+            batch.delete(key)
+        batch.put(_TIP_KEY, _seal(tip))
+        self._commit(batch, short_history=short_history)
 
     def write_block_outcome(self, share_hash: bytes, outcome: str, *, sync: bool) -> None:
         """Note what Bitcoin said of a stored share as a block."""
@@ -180,6 +229,21 @@ class Store:
         """
         raw = self._database.get(b"s" + share_hash)
         return None if raw is None else _stored_share(share_hash, raw)
+
+    def encoded(self, share_hash: bytes) -> bytes | None:
+        """The encoding of one share as peers are sent it, or None. Only the record's checksum is looked at.
+
+        Raises:
+            StoreError: the record is damaged.
+        """
+        raw = self._database.get(b"s" + share_hash)
+        if raw is None:
+            return None
+        where = f"s/{share_hash[::-1].hex()}"
+        value = _decode(where, raw)
+        if type(value) is not list or len(value) != 3 or type(value[0]) is not bytes:
+            raise StoreError(where, "not a share record")
+        return value[0]
 
     def shares(self) -> Iterator[StoredShare]:
         """All shares, lowest first.
@@ -227,10 +291,16 @@ class Store:
         raw = self._database.get(_TIP_KEY)
         return None if raw is None else _unseal("t", raw)
 
-    def _commit(self, batch: WriteBatch) -> None:
+    def _commit(self, batch: WriteBatch, *, short_history: bool | None = None) -> None:
+        short = self.short_history if short_history is None else short_history
+        if short and not self.short_history:
+            batch.put(_SHORT_KEY, _encode(True))
+        if self.short_history and not short:
+            batch.delete(_SHORT_KEY)
         batch.put(_SEQUENCE_KEY, _encode(self.sequence + 1))
         batch.write()
         self.sequence += 1
+        self.short_history = short
 
 
 def _height_key(height: int, share_hash: bytes) -> bytes:

@@ -28,6 +28,7 @@ __all__ = [
     "BlockFacts",
     "block_target",
     "check_alone",
+    "check_base",
     "check_bitcoin",
     "check_coinbase",
     "check_in_chain",
@@ -118,7 +119,7 @@ def next_max_bits(params: Params, parent: ChainEntry | None) -> int:
     if parent.parent is None:
         return parent.max_bits
     elapsed_ms = (parent.time - parent.parent.time) * 1000
-    wanted_ms = params.share_period_ms * (1 + len(parent.uncles))
+    wanted_ms = params.share_period_ms * (1 + parent.uncle_count)
     target = scale_target(
         bits_to_target(parent.max_bits), elapsed_ms - wanted_ms, params.half_life_s * 1000, params.max_target
     )
@@ -176,7 +177,34 @@ def window_work(params: Params, max_bits: int, block_bits: int) -> int:
     return params.window_blocks * work_of(block_target(params, max_bits, block_bits))
 
 
-def check_in_chain(params: Params, share: Share, parent: ChainEntry | None, uncles: Sequence[ChainEntry]) -> None:
+def check_base(params: Params, share: Share) -> None:
+    """What R5 and R8 say of a share whose parent nobody has any more: the first of a history taken on trust.
+
+    Args:
+        params: the network's.
+        share: has passed ``check_alone``.
+
+    Raises:
+        InvalidShare: R5 or R8.
+    """
+    data = share.data
+    if data.height == 0 or data.parent == NULL_HASH:
+        raise InvalidShare("R5", "history begins on trust with a share above height 0 that has a parent")
+    # Each ancestor adds the work of a share, which is at least that of the easiest target.
+    least = work_of(bits_to_target(data.bits)) + data.height * work_of(params.max_target)
+    if data.total_work < least:
+        raise InvalidShare("R5", f"total work is at least {least} here, got {data.total_work}")
+    _check_hardest(params, share)
+
+
+def check_in_chain(
+    params: Params,
+    share: Share,
+    parent: ChainEntry | None,
+    uncles: Sequence[ChainEntry],
+    *,
+    in_part: bool = False,
+) -> None:
     """R5 to R9 and R12: the rules that read ancestors only.
 
     Args:
@@ -184,6 +212,8 @@ def check_in_chain(params: Params, share: Share, parent: ChainEntry | None, uncl
         share: has passed ``check_alone``.
         parent: its parent, a valid share; None if the share names none.
         uncles: the valid shares that it names, in its order.
+        in_part: history ends so close below that some of what the rules read is not there. R5 then takes the work
+            of unknown uncles as claimed, R6 waits for 11 ancestors, R7 for a grandparent. All else is judged.
 
     Raises:
         InvalidShare: R5, R6, R7, R8, R9 or R12.
@@ -199,20 +229,30 @@ def check_in_chain(params: Params, share: Share, parent: ChainEntry | None, uncl
     )
     if data.height != derived.height:
         raise InvalidShare("R5", f"height is {derived.height} here, got {data.height}")
-    if data.total_work != derived.total_work:
+    if in_part and len(uncles) < len(data.uncles):
+        if data.total_work <= derived.total_work:
+            raise InvalidShare("R5", f"total work is more than {derived.total_work} here, got {data.total_work}")
+    elif data.total_work != derived.total_work:
         raise InvalidShare("R5", f"total work is {derived.total_work} here, got {data.total_work}")
-    if parent is not None and share.time <= (least := median_time(parent)):
+    judges_time = not in_part or sum(1 for _ in ancestors(parent, MEDIAN_SPAN)) == MEDIAN_SPAN
+    if judges_time and parent is not None and share.time <= (least := median_time(parent)):
         raise InvalidShare("R6", f"time must be after the median of the ancestors, {least}; got {share.time}")
-    if data.max_bits != derived.max_bits:
+    judges_difficulty = not in_part or (parent is not None and parent.parent is not None)
+    if judges_difficulty and data.max_bits != derived.max_bits:
         raise InvalidShare("R7", f"max_bits is {derived.max_bits:#010x} here, got {data.max_bits:#010x}")
     if bits_to_target(data.bits) > easiest_target(params, parent, data.max_bits, share.time):
         raise InvalidShare("R8", f"bits {data.bits:#010x} is easier than max_bits allows at time {share.time}")
-    if bits_to_target(data.bits) < hardest_target(params, data.max_bits):
-        raise InvalidShare("R8", f"bits {data.bits:#010x} is over {params.heaviest_share} times harder than max_bits")
+    _check_hardest(params, share)
     if uncles:
         _check_uncles(params, parent, uncles)
     if parent is not None and share.block_height < parent.block_height - 1:
         raise InvalidShare("R12", f"block height is at least {parent.block_height - 1} here, got {share.block_height}")
+
+
+def _check_hardest(params: Params, share: Share) -> None:
+    data = share.data
+    if bits_to_target(data.bits) < hardest_target(params, data.max_bits):
+        raise InvalidShare("R8", f"bits {data.bits:#010x} is over {params.heaviest_share} times harder than max_bits")
 
 
 def _check_uncles(params: Params, parent: ChainEntry | None, uncles: Sequence[ChainEntry]) -> None:

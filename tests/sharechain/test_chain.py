@@ -11,13 +11,14 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from sharechain.chain import MAX_WAIT_S, Accepted, Buried, Duplicate, Early, Orphaned, Sharechain, Unanchored
+from sharechain.chain import Accepted, Buried, Duplicate, Early, Orphaned, Sharechain, Unanchored
 from sharechain.entry import ChainEntry
 from sharechain.errors import InvalidShare, ParamsError
 from sharechain.params import MEDIAN_SPAN
 from sharechain.payout import Payouts
 from sharechain.share import Share
 from sharechain.validate import BlockFacts, next_max_bits
+from sharechain.waiting import MAX_WAIT_S
 from tests.builders import (
     BLOCK_BITS,
     FINE,
@@ -90,7 +91,7 @@ def test_any_order_of_arrival_gives_the_same_chain(steps: list[Step], order: ran
     assert sorted(share.hash for share in joined) == sorted(share.hash for share in shares)
     assert snapshot(second) == snapshot(first)
     assert second.statistics().waiting == 0
-    assert second.missing() == ()
+    assert second.missing_shares() == second.missing_blocks() == ()
     assert len(second) == len(first) == len(shares)
 
 
@@ -266,7 +267,7 @@ def test_a_forged_parent_or_uncle_does_not_poison_the_real_share() -> None:
     assert isinstance(chain.accept(forged_under(real, parent=bytes([1]) * 32), NOW), Orphaned)
     assert isinstance(chain.accept(forged_under(real, uncles=(bytes([2]) * 32,)), NOW), Orphaned)
     assert add(chain, real).new_tip == real.hash
-    assert set(chain.missing()) == {bytes([1]) * 32, bytes([2]) * 32}
+    assert set(chain.missing_shares()) == {bytes([1]) * 32, bytes([2]) * 32}
 
 
 def test_children_of_an_invalid_share_never_join() -> None:
@@ -288,7 +289,7 @@ def test_the_waiting_pool_is_bounded_and_the_oldest_gives_way() -> None:
         assert isinstance(chain.accept(share, NOW), Orphaned)
     statistics = chain.statistics()
     assert (statistics.waiting, statistics.waiting_dropped) == (5, 5)
-    assert len(chain.missing()) == 5
+    assert len(chain.missing_shares()) == 5
     for share in shares:
         outcome = chain.accept(share, NOW)
         assert isinstance(outcome, Accepted | Duplicate)
@@ -341,7 +342,7 @@ def test_a_share_that_lacks_parent_and_uncle_waits_for_both() -> None:
         assert isinstance(outcome, Orphaned)
         assert set(outcome.missing) == {parent.hash, uncle.hash}
         assert add(chain, first).added == (first,)
-        assert chain.missing() == (second.hash,)
+        assert chain.missing_shares() == (second.hash,)
         assert add(chain, second).added == (second, nephew)
 
 
@@ -680,7 +681,7 @@ def test_what_waits_too_long_is_forgotten() -> None:
     assert chain.statistics().waiting == 1
     chain.release(NOW + MAX_WAIT_S + 1)
     assert chain.statistics().waiting == 0
-    assert chain.missing() == ()
+    assert chain.missing_shares() == ()
     assert chain.statistics().waiting_dropped == 1
 
 

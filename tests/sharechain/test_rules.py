@@ -601,14 +601,14 @@ def test_r11_a_share_on_an_unknown_block_waits_and_joins() -> None:
     block = bytes([5]) * 32
     share = mine(chain, chain.tip, block=block, block_height=701)
     assert chain.accept(share, share.time) == Unanchored(block_hash=block)
-    assert chain.missing() == (block,)
+    assert chain.missing_blocks() == (block,)
     assert share.hash not in chain
     assert chain.learn_block(bytes([6]) * 32, BlockFacts(height=700, next_bits=BLOCK_BITS), share.time) is None
     outcome = chain.learn_block(block, BlockFacts(height=700, next_bits=BLOCK_BITS), share.time)
     assert isinstance(outcome, Accepted)
     assert outcome.added == (share,)
     assert outcome.new_tip == share.hash
-    assert chain.missing() == ()
+    assert chain.missing_shares() == chain.missing_blocks() == ()
 
 
 @pytest.mark.parametrize("facts", [BlockFacts(height=701, next_bits=BLOCK_BITS), BlockFacts(height=700, next_bits=1)])

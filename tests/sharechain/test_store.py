@@ -414,3 +414,98 @@ def test_facts_of_blocks_that_no_share_builds_on_do_not_pile_up() -> None:
         if number % 50 == 49:  # keep the fake quick
             database.batches = [list(database._now().items())]
     assert len(store.facts()) < 330
+
+
+# -- another history in the place of this one ------------------------------------------------------------------
+
+
+def test_another_history_takes_the_place_of_the_stored_one_in_one_batch(database: Any) -> None:
+    common = shares_of_a_life(12)
+    old, new = new_chain(SMALL, margin=MARGIN), new_chain(SMALL, margin=MARGIN)
+    store = Store(database, SMALL)
+    for number, share in enumerate(common):
+        add(new, share, START_TIME + 10**6)
+        write(store, add(old, share, START_TIME + 10**6), number)
+    store.write_block_outcome(common[3].hash, "", sync=False)
+    ours = [mine(old, old.tip, miner=6, salt=number) for number in range(4)]
+    for share in ours:
+        write(store, Accepted(added=(share,), old_tip=None, new_tip=share.hash), 99)
+    theirs = grow(new, 9)
+    block = bytes([7]) * 32
+    store.write(
+        Accepted(added=(), old_tip=None, new_tip=ours[-1].hash),
+        first_seen_ms=0,
+        facts={block: BlockFacts(height=99, next_bits=GENESIS_FACTS.next_bits)},
+        sync=False,
+    )
+    sequence = store.sequence
+    assert new.tip is not None
+    kept = [share for share in (*common, *theirs) if share.hash in new]
+    store.replace(
+        iter(kept), facts=new.known_blocks(), tip=new.tip.hash, short_history=True, first_seen_ms=5_000, sync=True
+    )
+    assert store.sequence == Store(database, SMALL).sequence == sequence + 1
+    assert store.short_history
+    assert Store(database, SMALL).short_history
+    assert snapshot(load(database)) == snapshot(new)
+    assert store.facts() == {GENESIS_BLOCK: GENESIS_FACTS}
+    found = {stored.share.hash: (stored.first_seen_ms, stored.block_outcome) for stored in store.shares()}
+    expected: dict[bytes, tuple[int, str | None]] = {s.hash: (1_000 + n, None) for n, s in enumerate(common)}
+    expected[common[3].hash] = (1_003, "")
+    expected.update({share.hash: (5_000, None) for share in theirs})
+    assert found == {share.hash: expected[share.hash] for share in kept}
+    assert store.count() == len(kept)
+
+
+def test_replacing_is_one_batch_all_or_nothing() -> None:
+    database = FakeDatabase()
+    old = filled(database)
+    batches = len(database.batches)
+    new = new_chain(SMALL, margin=MARGIN)
+    shares = grow(new, 9, miners=3)
+    store = Store(database, SMALL)
+    store.replace(
+        shares, facts=new.known_blocks(), tip=shares[-1].hash, short_history=False, first_seen_ms=0, sync=False
+    )
+    assert len(database.batches) == batches + 1
+    assert snapshot(load(database.cut(batches))) == snapshot(old)
+    assert snapshot(load(database)) == snapshot(new)
+
+
+def test_the_store_knows_whether_history_is_short(database: Any) -> None:
+    share = mine(new_chain(SMALL), None)
+    store = Store(database, SMALL)
+    assert not store.short_history
+    for short in (True, True, False, False, True):
+        change = Accepted(added=(share,), old_tip=None, new_tip=share.hash, short_history=short)
+        store.write(change, first_seen_ms=0, sync=False)
+        store.write_block_outcome(share.hash, "", sync=False)
+        store.sync()
+        assert store.short_history == Store(database, SMALL).short_history == short
+    database.put(b"m/short", sealed(False))
+    with pytest.raises(StoreError) as caught:
+        Store(database, SMALL)
+    assert caught.value.where == "m/short"
+
+
+def test_shares_are_read_as_they_are_sent(database: Any) -> None:
+    filled(database)
+    store = Store(database, SMALL)
+    for stored in store.shares():
+        assert store.encoded(stored.share.hash) == stored.share.encoded
+    assert store.encoded(bytes(32)) is None
+
+
+def test_a_damaged_share_is_not_sent() -> None:
+    database = FakeDatabase()
+    chain = filled(database)
+    assert chain.tip is not None
+    key = b"s" + chain.tip.hash
+    whole = database.get(key)
+    assert whole is not None
+    damages = [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in range(0, len(whole), 7)]
+    for damaged in (*damages, b"", b"abc", sealed([1, 2, None]), sealed(b"text"), sealed([]), sealed(None)):
+        database.put(key, damaged)
+        with pytest.raises(StoreError) as caught:
+            Store(database, SMALL).encoded(chain.tip.hash)
+        assert caught.value.where == named(key)
