@@ -39,7 +39,7 @@ from sharechain.share import (
 from sharechain.validate import BlockFacts, derive_data, median_time, window_work
 from sharechain.window import Window, unit_parts
 
-__all__ = ["BENCHES", "run_bench"]
+__all__ = ["BENCHES", "Row", "make_row", "mine_share", "miner_scripts", "run_bench", "window_params", "winners"]
 
 MINERS: Final = 2_000
 PAYOUT_CLASS: Final = 367
@@ -58,11 +58,11 @@ def run_bench(name: str, *, quick: bool) -> Iterator[Row]:
         yield {"bench": name, **row}
 
 
-def _row(case: str, metric: str, value: float, unit: str) -> Row:
+def make_row(case: str, metric: str, value: float, unit: str) -> Row:
     return {"case": case, "metric": metric, "value": value, "unit": unit}
 
 
-def _params(window: int) -> Params:
+def window_params(window: int) -> Params:
     """A network whose window is full at ``window`` shares of the easiest target."""
     return NETWORKS["regtest"].with_overrides(
         {
@@ -75,13 +75,13 @@ def _params(window: int) -> Params:
     )
 
 
-def _scripts() -> list[bytes]:
+def miner_scripts() -> list[bytes]:
     """One payout script for each miner: half P2WPKH, half P2TR."""
     digests = [hashlib.sha256(number.to_bytes(4, "big")).digest() for number in range(MINERS)]
     return [b"\x51\x20" + digest if number % 2 else b"\x00\x14" + digest[:20] for number, digest in enumerate(digests)]
 
 
-def _who(count: int) -> Iterator[int]:
+def winners(count: int) -> Iterator[int]:
     """Which miner finds each share: Zipf hash rates, and everybody at least once."""
     wheel = [sum(1 / (rank + 1) for rank in range(number + 1)) for number in range(MINERS)]
     for share in range(count):
@@ -98,13 +98,13 @@ def _who(count: int) -> Iterator[int]:
 
 def _history(params: Params, count: int) -> Iterator[Share]:
     """Linked shares without proof of work or coinbase: what ``restore`` loads."""
-    scripts = _scripts()
+    scripts = miner_scripts()
     bits = target_to_bits(params.max_target)
     work = work_of(bits_to_target(bits))
     parent = NULL_HASH
     script = bip34_push(BLOCK_HEIGHT + 1) + COINBASE_TAG + bytes(12)
     branch = tuple(bytes([level]) * 32 for level in range(12))
-    for height, miner in enumerate(_who(count)):
+    for height, miner in enumerate(winners(count)):
         header = pack_header(
             version=0x20000000,
             previous_block_hash=BLOCK_HASH,
@@ -143,10 +143,9 @@ def _chain(params: Params, shares: int) -> Sharechain:
     return chain
 
 
-def _mine(chain: Sharechain, script: bytes) -> Share:
+def mine_share(chain: Sharechain, script: bytes) -> Share:
     """One whole share on the tip: a coinbase of the largest class, twelve levels of merkle branch, proof of work."""
     params, parent = chain.params, chain.tip
-    assert parent is not None
     data = derive_data(
         params,
         parent=parent,
@@ -166,7 +165,7 @@ def _mine(chain: Sharechain, script: bytes) -> Share:
         version=0x20000000,
         previous_block_hash=BLOCK_HASH,
         merkle_root=fold_coinbase(coinbase, branch),
-        time=max(parent.time + 10, median_time(parent) + 1),
+        time=START_TIME if parent is None else max(parent.time + 10, median_time(parent) + 1),
         bits=BLOCK_BITS,
         nonce=0,
     )
@@ -186,13 +185,13 @@ def _bench_accept(quick: bool) -> Iterator[Row]:
     """Decode, judge by every rule, and store: shares of another node, on a full window."""
     count = 200 if quick else 2_000
     for window in (8_640, 60_480):
-        params = _params(window // 10 if quick else window)
+        params = window_params(window // 10 if quick else window)
         chain = _chain(params, params.window_max_shares + 10)
-        scripts = _scripts()
+        scripts = miner_scripts()
         raw = []
         miner = _chain(params, params.window_max_shares + 10)
         for number in range(count):
-            share = _mine(miner, scripts[number % MINERS])
+            share = mine_share(miner, scripts[number % MINERS])
             miner.accept(share, share.time)
             raw.append(share.encoded)
         case = f"window {params.window_max_shares}, {MINERS} miners, class {PAYOUT_CLASS}"
@@ -206,7 +205,7 @@ def _bench_accept(quick: bool) -> Iterator[Row]:
                 directory.store.write(change, first_seen_ms=0, sync=False)
             seconds = time.perf_counter() - start
             directory.close()
-        yield _row(case, "accept", count / seconds, "shares/s")
+        yield make_row(case, "accept", count / seconds, "shares/s")
         yield from _accept_parts(case, chain, raw[-1])
         sample = raw[: max(5, count // 100)]
         rebuilt = _chain(params, params.window_max_shares + 10)
@@ -215,7 +214,7 @@ def _bench_accept(quick: bool) -> Iterator[Row]:
             share = decode_share(encoded)
             _rebuild(rebuilt, share)
             rebuilt.accept(share, share.time)
-        yield _row(
+        yield make_row(
             f"{case}, reference: window added up anew for each share in Python",
             "accept",
             len(sample) / (time.perf_counter() - start),
@@ -235,7 +234,7 @@ def _accept_parts(case: str, chain: Sharechain, encoded: bytes) -> Iterator[Row]
         "hash coinbase": lambda: hasher.sha256d(outputs),
     }
     for name, call in parts.items():
-        yield _row(case, f"part: {name}", _best_us(call), "us")
+        yield make_row(case, f"part: {name}", _best_us(call), "us")
 
 
 def _rebuild(chain: Sharechain, share: Share) -> dict[bytes, int]:
@@ -255,7 +254,7 @@ def _rebuild(chain: Sharechain, share: Share) -> dict[bytes, int]:
 def _bench_payout(quick: bool) -> Iterator[Row]:
     """What a new tip costs: the window moved by one share, the draw, the coinbase."""
     for window in (8_640, 60_480):
-        params = _params(window // 10 if quick else window)
+        params = window_params(window // 10 if quick else window)
         chain = _chain(params, params.window_max_shares + 510)
         tip = chain.tip
         assert tip is not None
@@ -267,21 +266,21 @@ def _bench_payout(quick: bool) -> Iterator[Row]:
         start = time.perf_counter()
         for entry in line[1:]:
             moved.move_to(entry, wanted)
-        yield _row(case, "move window by one share", (time.perf_counter() - start) / (len(line) - 1) * 1e6, "us")
+        yield make_row(case, "move window by one share", (time.perf_counter() - start) / (len(line) - 1) * 1e6, "us")
         anew = []
         for _ in range(3):
             start = time.perf_counter()
             Window(params).move_to(tip, wanted)
             anew.append(time.perf_counter() - start)
-        yield _row(f"{case}, reference: window built anew", "move window by one share", min(anew) * 1e6, "us")
+        yield make_row(f"{case}, reference: window built anew", "move window by one share", min(anew) * 1e6, "us")
         slow = twin.WeightTable()
         for script, weight in moved.table.items():
             slow.add(script, weight)
         for payout_class in params.payout_classes:
             of_class = f"{case}, class {payout_class}"
-            yield _row(of_class, "draw and serialise", _build_us(params, moved.table, payout_class), "us")
+            yield make_row(of_class, "draw and serialise", _build_us(params, moved.table, payout_class), "us")
             reference = f"{of_class}, reference: Python twin"
-            yield _row(reference, "draw and serialise", _build_us(params, slow, payout_class), "us")
+            yield make_row(reference, "draw and serialise", _build_us(params, slow, payout_class), "us")
 
 
 def _build_us(params: Params, table: Any, payout_class: int) -> float:
@@ -311,7 +310,7 @@ with open_copy(Path(sys.argv[1])) as (params, store):
 def _bench_store(quick: bool) -> Iterator[Row]:
     """Write a long history, and load it in a fresh process."""
     count = 6_048 if quick else 60_480
-    params = _params(count)
+    params = window_params(count)
     case = f"{count} shares"
     shares = list(_history(params, count))
     with tempfile.TemporaryDirectory() as scratch:
@@ -321,27 +320,27 @@ def _bench_store(quick: bool) -> Iterator[Row]:
         for share in shares:
             change = Accepted(added=(share,), old_tip=None, new_tip=share.hash)
             directory.store.write(change, first_seen_ms=0, sync=False)
-        yield _row(case, "write, a batch each", count / (time.perf_counter() - start), "shares/s")
+        yield make_row(case, "write, a batch each", count / (time.perf_counter() - start), "shares/s")
         start = time.perf_counter()
         for share in shares[:200]:
             directory.store.write(
                 Accepted(added=(share,), old_tip=None, new_tip=shares[-1].hash), first_seen_ms=0, sync=True
             )
-        yield _row("200 shares", "write, a synced batch each", 200 / (time.perf_counter() - start), "shares/s")
+        yield make_row("200 shares", "write, a synced batch each", 200 / (time.perf_counter() - start), "shares/s")
         directory.close()
         done = subprocess.run([sys.executable, "-c", _RELOAD, str(path)], capture_output=True, text=True, check=True)
         size = sum(file.stat().st_size for file in (path / "sharechain").iterdir())
         loaded = json.loads(done.stdout)
         assert loaded["shares"] == count
-        yield _row(case, "reload", loaded["seconds"], "s")
+        yield make_row(case, "reload", loaded["seconds"], "s")
         with open_copy(path) as (_, store):
             start = time.perf_counter()
             for _stored in store.shares():
                 pass
-            yield _row(f"{case}, reference: read and decode only", "reload", time.perf_counter() - start, "s")
-        yield _row(case, "resident memory", loaded["resident"], "MB")
-        yield _row(f"{case}, reference: the same process before loading", "resident memory", loaded["before"], "MB")
-        yield _row(case, "on disk", size / 1e6, "MB")
+            yield make_row(f"{case}, reference: read and decode only", "reload", time.perf_counter() - start, "s")
+        yield make_row(case, "resident memory", loaded["resident"], "MB")
+        yield make_row(f"{case}, reference: the same process before loading", "resident memory", loaded["before"], "MB")
+        yield make_row(case, "on disk", size / 1e6, "MB")
 
 
 def _bench_hasher(quick: bool) -> Iterator[Row]:
@@ -350,15 +349,24 @@ def _bench_hasher(quick: bool) -> Iterator[Row]:
     count = 1 << (18 if quick else 23)
     start = time.perf_counter()
     hasher.scan_nonces(header, 0, count, 0)
-    yield _row("one thread", f"scan ({hasher.IMPLEMENTATION})", count / (time.perf_counter() - start) / 1e6, "MH/s")
+    yield make_row("one thread", f"scan ({hasher.IMPLEMENTATION})", count / (time.perf_counter() - start) / 1e6, "MH/s")
     start = time.perf_counter()
     twin.scan_nonces(header, 0, 1 << 16, 0)
-    yield _row("one thread, reference: Python twin", "scan", (1 << 16) / (time.perf_counter() - start) / 1e6, "MH/s")
+    yield make_row(
+        "one thread, reference: Python twin", "scan", (1 << 16) / (time.perf_counter() - start) / 1e6, "MH/s"
+    )
     for size in (80, 750, 16_000):
         data = bytes(size)
-        yield _row(f"{size} bytes", "sha256d", _best_us(partial(hasher.sha256d, data)), "us")
+        yield make_row(f"{size} bytes", "sha256d", _best_us(partial(hasher.sha256d, data)), "us")
         reference = _best_us(partial(twin.sha256d, data))
-        yield _row(f"{size} bytes, reference: hashlib", "sha256d", reference, "us")
+        yield make_row(f"{size} bytes, reference: hashlib", "sha256d", reference, "us")
+
+
+def _bench_sync(quick: bool) -> Iterator[Row]:
+    """Fresh syncs over loopback libp2p, against a bare stream."""
+    from p2pool.bench_network import bench_sync
+
+    yield from bench_sync(quick)
 
 
 def _best_us(call: Callable[[], object], *, repeats: int = 50) -> float:
@@ -376,4 +384,5 @@ BENCHES: Final[Mapping[str, Callable[[bool], Iterator[Row]]]] = {
     "payout": _bench_payout,
     "store": _bench_store,
     "hasher": _bench_hasher,
+    "sync": _bench_sync,
 }

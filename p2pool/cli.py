@@ -13,13 +13,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from p2pool.config import OPTIONS, Config, load_config
-from p2pool.errors import P2PoolError
+from p2pool.errors import ConfigError, P2PoolError
 from sharechain import __version__
 from sharechain.errors import SharechainError
 from sharechain.params import MAX_MONEY
@@ -84,7 +85,10 @@ def _config_options(*names: str) -> Callable[[Callable[..., Any]], Callable[...,
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed([option for option in OPTIONS if option.name in names]):
             text = option.help if option.default is None else f"{option.help} [default: {option.default}]"
-            command = click.option(option.flag, option.name, metavar=option.metavar, help=text)(command)
+            form: dict[str, Any] = {"metavar": option.metavar, "multiple": option.is_list}
+            if option.is_switch:
+                text, form = option.help, {"is_flag": True, "default": None}
+            command = click.option(option.flag, option.name, help=text, **form)(command)
         return click.option(
             "--config",
             "config_file",
@@ -99,6 +103,13 @@ def _config_options(*names: str) -> Callable[[Callable[..., Any]], Callable[...,
 def _load(config_file: Path | None, flags: Mapping[str, object]) -> Config:
     return load_config(flags, os.environ, config_file)
 
+
+#: What ``peers`` shows of each kind of peer.
+_PEER_COLUMNS: Final = {
+    "connected": ("peer_id", "direction", "ip", "port", "height", "since", "score", "software"),
+    "known": ("address", "configured", "reached", "failures"),
+    "banned": ("peer_id", "ip", "rule", "since", "detail"),
+}
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -118,9 +129,9 @@ def cli() -> None:
 
 
 @cli.command()
-@_config_options("network", "data_dir", "address", "stratum_host", "stratum_port", "vardiff_interval", "log_level")
+@_config_options(*(option.name for option in OPTIONS))
 def run(config_file: Path | None, **flags: str | None) -> None:
-    """Run a node: serve miners, keep the sharechain, build and submit blocks.
+    """Run a node: serve miners, keep the sharechain with other nodes, build and submit blocks.
 
     On regtest the Bitcoin node is embedded, and kept in the data directory; other networks need a Bitcoin node over
     RPC, which this version does not speak yet.
@@ -169,14 +180,23 @@ def mine(pool: str, user: str, password: str, threads: int, seconds: float | Non
     type=click.IntRange(2, 10_000),
     help="Shares per Bitcoin block, on average.",
 )
-@click.option("--miners", default=3, show_default=True, type=click.IntRange(1, 64))
+@click.option("--nodes", default=1, show_default=True, type=click.IntRange(1, 32), help="Each in a process of its own.")
+@click.option("--miners", type=click.IntRange(1, 64), help="[default: 3, or one for each of several nodes]")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Keep everything there. [default: thrown away]")
 @_json_option
-def demo(shares: int, block_every: int, miners: int, data_dir: Path | None, as_json: bool) -> None:
-    """Mine on an embedded regtest Bitcoin with real miners over TCP, and check every coinbase."""
+def demo(shares: int, block_every: int, nodes: int, miners: int | None, data_dir: Path | None, as_json: bool) -> None:
+    """Mine on an embedded regtest Bitcoin with real miners over TCP, and check every coinbase.
+
+    With several nodes, each with a Bitcoin of its own, also check that they agree.
+    """
+    if nodes > 1:
+        from p2pool.cluster_demo import run_cluster_demo
+
+        run_several = partial(run_cluster_demo, nodes=nodes, miners=miners or nodes)
+        sys.exit(run_several(shares=shares, block_every=block_every, data_dir=data_dir, as_json=as_json))
     from p2pool.demo import run_demo
 
-    sys.exit(run_demo(shares=shares, block_every=block_every, miners=miners, data_dir=data_dir, as_json=as_json))
+    sys.exit(run_demo(shares=shares, block_every=block_every, miners=miners or 3, data_dir=data_dir, as_json=as_json))
 
 
 @cli.command()
@@ -188,10 +208,42 @@ def status(config_file: Path | None, as_json: bool, **flags: str | None) -> None
         from p2pool.database import is_in_use
         from p2pool.report import status_report
 
-        report = status_report(params, store, chain, is_in_use(data_dir), time.time())
+        running = is_in_use(data_dir)
+        report = status_report(params, store, chain, running, time.time())
+        report |= _live_status(data_dir, running)
         if not as_json:
             del report["params"]
+            report.pop("faults", None)
+            report.pop("gossip", None)
         _print_one(report, as_json)
+
+
+@cli.command()
+@_config_options("network", "data_dir")
+@_json_option
+def peers(config_file: Path | None, as_json: bool, **flags: str | None) -> None:
+    """The nodes that a running node is connected to, those that it knows, and those that it sent away."""
+    config = _load(config_file, flags)
+    from p2pool.database import is_in_use, read_status
+
+    status = read_status(config.data_dir) if is_in_use(config.data_dir) else None
+    if status is None or status.get("network") is None:
+        raise ConfigError(f"no node runs on {config.data_dir}, or it has just been started")
+    network = status["network"]
+    if as_json:
+        click.echo(json.dumps(network))
+        return
+    for address in network["addresses"]:
+        click.echo(f"we are {address}")
+    now = time.time()
+    for state, columns in _PEER_COLUMNS.items():
+        rows = [row for row in network["peers"] if row["state"] == state]
+        click.echo(f"\n{state}: {len(rows)}")
+        if rows:
+            shown = [{key: row.get(key) for key in columns} for row in rows[:50]]
+            for row in shown:
+                row |= {key: _ago(now - row[key]) for key in ("since", "reached") if row.get(key) is not None}
+            _print_table(shown)
 
 
 @cli.command()
@@ -334,6 +386,37 @@ def bench(name: str, quick: bool, as_json: bool) -> None:
                 click.echo(json.dumps(row))
     if not as_json:
         _print_table(rows)
+
+
+def _live_status(data_dir: Path, running: bool) -> dict[str, Any]:
+    """What a running node says of its network, in a few numbers."""
+    from p2pool.database import read_status
+
+    status = read_status(data_dir) if running else None
+    if status is None or status.get("network") is None:
+        return {}
+    network = status["network"]
+    return {
+        "sync_state": network["state"],
+        "sync_target": network["sync_target"],
+        "inbound_peers": network["inbound"],
+        "outbound_peers": network["outbound"],
+        "orphans": status["waiting"],
+        "received_bytes": network["received_bytes"],
+        "sent_bytes": network["sent_bytes"],
+        "received_per_s": network["received_per_s"],
+        "sent_per_s": network["sent_per_s"],
+        "gossip": network["gossip"],
+        "faults": network["faults"],
+        "banned": sum(row["state"] == "banned" for row in network["peers"]),
+    }
+
+
+def _ago(seconds: float) -> str:
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"
 
 
 @contextmanager

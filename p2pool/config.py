@@ -34,6 +34,10 @@ class Option:
     parse: Callable[[object], Any]
     #: As text; None means that there is none.
     default: str | None = None
+    #: May be given more than once; in the environment, with commas between.
+    is_list: bool = False
+    #: Needs no value on the command line.
+    is_switch: bool = False
 
     @property
     def flag(self) -> str:
@@ -80,6 +84,35 @@ def _seconds(value: object) -> float:
     if not 0.05 <= number <= 3600:
         raise ValueError(f"a number of seconds from 0.05 to 3600 is needed, got {value!r}")
     return number
+
+
+def _count(most: int) -> Callable[[object], int]:
+    def parse(value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int | str) or not str(value).isdecimal():
+            raise ValueError(f"a number from 0 to {most} is needed, got {value!r}")
+        if int(value) > most:
+            raise ValueError(f"a number from 0 to {most} is needed, got {value}")
+        return int(value)
+
+    return parse
+
+
+def _switch(value: object) -> bool:
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, str) or value.lower() not in words:
+        raise ValueError(f"true or false is needed, got {value!r}")
+    return words[value.lower()]
+
+
+def _peers(value: object) -> tuple[str, ...]:
+    from p2pool.p2p.peers import parse_address
+
+    texts = value.replace(",", " ").split() if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple):
+        raise ValueError(f"a list of addresses is needed, got {value!r}")
+    return tuple(parse_address(_text(text)).text for text in texts)
 
 
 def _one_of(*choices: str) -> Callable[[object], str]:
@@ -133,6 +166,49 @@ OPTIONS: Final = (
         default="5",
     ),
     Option(
+        name="peer",
+        metavar="MULTIADDR",
+        help="Another node: /ip4/ADDRESS/tcp/PORT/p2p/ID. May be given more than once; called for as long as we run.",
+        parse=_peers,
+        is_list=True,
+    ),
+    Option(
+        name="p2p_host",
+        metavar="HOST",
+        help="Interface that other nodes connect to; an IP address, 0.0.0.0 for all.",
+        parse=_text,
+        default="0.0.0.0",
+    ),
+    Option(
+        name="p2p_port",
+        metavar="PORT",
+        help="Port that other nodes connect to; 0 for any free one.",
+        parse=_port,
+        default="9338",
+    ),
+    Option(
+        name="mdns",
+        metavar="",
+        help="Find nodes on the local network, and be found there.",
+        parse=_switch,
+        default="false",
+        is_switch=True,
+    ),
+    Option(
+        name="max_inbound",
+        metavar="NUMBER",
+        help="Nodes that may be connected to us by their own call.",
+        parse=_count(1_000),
+        default="64",
+    ),
+    Option(
+        name="max_outbound",
+        metavar="NUMBER",
+        help="Nodes that we call by our own choice; those of --peer come on top.",
+        parse=_count(100),
+        default="8",
+    ),
+    Option(
         name="log_level",
         metavar="LEVEL",
         help=f"How much to log: {', '.join(LOG_LEVELS)}.",
@@ -153,6 +229,13 @@ class Config:
     stratum_host: str
     stratum_port: int
     vardiff_interval: float
+    #: Whole multiaddrs.
+    peer: tuple[str, ...]
+    p2p_host: str
+    p2p_port: int
+    mdns: bool
+    max_inbound: int
+    max_outbound: int
     log_level: str
 
 
@@ -160,7 +243,7 @@ def load_config(flags: Mapping[str, object], environment: Mapping[str, str], fil
     """Choose each setting from the first source that has it.
 
     Args:
-        flags: option name to text, None where the flag was not given.
+        flags: option name to text (to a tuple of texts for a list), None or () where the flag was not given.
         environment: as ``os.environ``.
         file: a TOML file, or None.
 
@@ -174,7 +257,7 @@ def load_config(flags: Mapping[str, object], environment: Mapping[str, str], fil
             raise ConfigError(f"{file}:{_line(text, key)}: {key}: unknown option; known are {', '.join(sorted(known))}")
     values: dict[str, Any] = {}
     for option in OPTIONS:
-        if flags.get(option.name) is not None:
+        if flags.get(option.name) not in (None, ()):
             source, value = option.flag, flags[option.name]
         elif option.variable in environment:
             source, value = option.variable, environment[option.variable]
@@ -183,7 +266,7 @@ def load_config(flags: Mapping[str, object], environment: Mapping[str, str], fil
         elif option.default is not None:
             source, value = option.flag, option.default
         else:
-            values[option.name] = None
+            values[option.name] = () if option.is_list else None
             continue
         try:
             values[option.name] = option.parse(value)

@@ -5,6 +5,9 @@
     sharechain.batches   number of the last batch written, so that a log that lost its tail is noticed
     sharechain.sums      after a clean stop: SHA-256 of every file of the database
     blocks/              blocks that Bitcoin has not answered yet
+    identity.key         the secret that the node's peer id is made of, readable by its owner only
+    peers.json           nodes that are known, and those that were sent away
+    status.json          what the running node says of itself, each few seconds
     bitcoin/             the embedded Bitcoin, if one is used
 
 LevelDB's own checksums cover its blocks and log records, but not everything in its files: a log record whose
@@ -38,13 +41,16 @@ try:
 except ImportError:  # Python 3.13 and later: the same interface and disk format under another name
     import plyvel_next as plyvel
 
-__all__ = ["DataDirectory", "check_files", "open_copy"]
+__all__ = ["DataDirectory", "check_files", "open_copy", "read_status"]
 
 _LOCK: Final = "lock"
 _DATABASE: Final = "sharechain"
 _BATCHES: Final = "sharechain.batches"
 _SUMS: Final = "sharechain.sums"
 _BLOCKS: Final = "blocks"
+_IDENTITY: Final = "identity.key"
+_PEERS: Final = "peers.json"
+_STATUS: Final = "status.json"
 #: LevelDB's own log for people, and its lock: they change without a write and hold no data.
 _NO_DATA: Final = ("LOCK", "LOG", "LOG.old")
 
@@ -191,6 +197,26 @@ class DataDirectory:
         """Rename a file of ``kept_blocks`` that cannot be read, so that it is not met again and not lost."""
         file.replace(file.with_suffix(".damaged"))
 
+    @property
+    def identity_file(self) -> Path:
+        """Where the node's identity is kept."""
+        return self.path / _IDENTITY
+
+    def save_peers(self, encoded: bytes) -> None:
+        """Keep what is known of other nodes."""
+        _write_whole(self.path / _PEERS, encoded)
+
+    def load_peers(self) -> bytes | None:
+        """What ``save_peers`` was given last; None if nothing was."""
+        try:
+            return (self.path / _PEERS).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def write_status(self, status: dict[str, Any]) -> None:
+        """Let other commands see what the running node says of itself (see ``read_status``)."""
+        _write_whole(self.path / _STATUS, json.dumps(status).encode())
+
     def _block_file(self, block_hash: bytes) -> Path:
         return self.path / _BLOCKS / f"{block_hash[::-1].hex()}.block"
 
@@ -250,6 +276,15 @@ def is_in_use(path: Path) -> bool:
     finally:
         os.close(lock)
     return False
+
+
+def read_status(path: Path) -> dict[str, Any] | None:
+    """What the node that runs on a data directory said of itself last; None if it has said nothing."""
+    try:
+        status = json.loads((path / _STATUS).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return status if isinstance(status, dict) else None
 
 
 @contextmanager
@@ -373,6 +408,13 @@ def _read_batches(path: Path) -> int | None:
     if raw and raw != _pack_batches(sequence):
         raise StoreError(str(path / _BATCHES), "checksum mismatch: the file is damaged")
     return sequence
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Whoever reads sees the old file or the new one. A power cut may lose both: for what can be lost."""
+    fresh = path.with_suffix(path.suffix + ".new")
+    fresh.write_bytes(content)
+    fresh.replace(path)
 
 
 def _write_synced(path: Path, content: bytes) -> None:

@@ -51,7 +51,19 @@ from sharechain.payout import Payouts
 from sharechain.share import bip34_push, pack_header
 from sharechain.tagged import tagged_hash
 
-__all__ = ["run_demo"]
+__all__ = [
+    "MinerPlan",
+    "coinbase_outputs",
+    "demo_params",
+    "plan_miner",
+    "premine",
+    "print_miners",
+    "run_demo",
+    "spend_fees",
+]
+
+logger = logging.getLogger("p2pool.demo")
+
 
 SHARE_PERIOD_MS: Final = 200
 #: Blocks at the start whose coinbases anybody may spend, 100 of which they must be old.
@@ -64,7 +76,9 @@ _ANYBODY_SCRIPT: Final = b"\x00\x20" + hashlib.sha256(_ANYBODY).digest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _MinerPlan:
+class MinerPlan:
+    """A miner of a demonstration."""
+
     name: str
     address: str
     threads: int
@@ -75,7 +89,7 @@ class _Run:
     """What a running demonstration knows: for the progress and the summary."""
 
     params: Params
-    plans: list[_MinerPlan]
+    plans: list[MinerPlan]
     node: Node | None = None
     miners: list[Miner] = field(default_factory=list)
     seconds: float = 0.0
@@ -105,7 +119,7 @@ def run_demo(*, shares: int, block_every: int, miners: int, data_dir: Path | Non
     directory = scratch if data_dir is None else data_dir
     assert directory is not None
     try:
-        run = _Run(params=_params(directory, block_every), plans=[_plan(number) for number in range(miners)])
+        run = _Run(params=demo_params(directory, block_every), plans=[plan_miner(number) for number in range(miners)])
         trio.run(until_signal, partial(_mine_shares, run, directory, shares, as_json))
         summary = _audit(run, directory)
     finally:
@@ -119,8 +133,20 @@ def run_demo(*, shares: int, block_every: int, miners: int, data_dir: Path | Non
     return 0 if sound and summary["shares"] > 0 else 1
 
 
-def _params(directory: Path, block_every: int) -> Params:
-    """The network to run on: that of an earlier demonstration in the directory, else one made for this machine."""
+def demo_params(
+    directory: Path, block_every: int, *, period_ms: int = SHARE_PERIOD_MS, threads: int | None = None
+) -> Params:
+    """The network to run on: that of an earlier demonstration in a data directory, else one made for this machine.
+
+    Args:
+        directory: the data directory of a node; need not exist.
+        block_every: shares per Bitcoin block, on average.
+        period_ms: wanted time between shares.
+        threads: of all miners; None for more than there are cores.
+
+    Raises:
+        ConfigError: the directory holds another network.
+    """
     try:
         with open_copy(directory) as (params, _):
             if params.name != "demo":
@@ -135,15 +161,15 @@ def _params(directory: Path, block_every: int) -> Params:
     except ConfigError:
         if (directory / "sharechain").exists():
             raise
-    rate = _measure_hash_rate() * min(os.cpu_count() or 1, 4)
-    expected = max(4, int(rate * SHARE_PERIOD_MS / 1000 / 2))
+    rate = _measure_hash_rate() * min(os.cpu_count() or 1, 4, threads or 4)
+    expected = max(4, int(rate * period_ms / 1000 / 2))
     return NETWORKS["regtest"].with_overrides(
         {
             "name": "demo",
-            "share_period_ms": SHARE_PERIOD_MS,
-            "half_life_s": 8,
-            "stall_after_s": 5,
-            "stall_doubling_s": 2,
+            "share_period_ms": period_ms,
+            "half_life_s": max(8, 40 * period_ms // 1000),
+            "stall_after_s": max(5, 25 * period_ms // 1000),
+            "stall_doubling_s": max(2, 10 * period_ms // 1000),
             "max_target": min(2**255 - 1, 2**256 // expected),
             "block_target_divisor": block_every,
         }
@@ -157,8 +183,8 @@ def _measure_hash_rate() -> float:
     return hashes / seconds
 
 
-def _plan(number: int) -> _MinerPlan:
-    """Miner ``number``: all address types take turns, and so do one and two threads."""
+def plan_miner(number: int, *, threads: int | None = None) -> MinerPlan:
+    """Miner ``number``: all address types take turns, and so do one and two threads if no number is given."""
     key = tagged_hash("p2pool/demo-miner", number.to_bytes(4, "big"))
     script = (
         b"\x00\x14" + key[:20],
@@ -169,7 +195,7 @@ def _plan(number: int) -> _MinerPlan:
     )[number % 5]
     address = encode_address(script, "regtest")
     assert address is not None
-    return _MinerPlan(name=f"miner{number + 1}", address=address, threads=1 + number % 2)
+    return MinerPlan(name=f"miner{number + 1}", address=address, threads=threads or 1 + number % 2)
 
 
 async def _mine_shares(run: _Run, path: Path, shares: int, as_json: bool) -> None:
@@ -177,7 +203,7 @@ async def _mine_shares(run: _Run, path: Path, shares: int, as_json: bool) -> Non
     try:
         backend = await trio.to_thread.run_sync(KernelBackend.open, path / "bitcoin")
         try:
-            await trio.to_thread.run_sync(_premine, backend)
+            await trio.to_thread.run_sync(premine, backend)
             run.node = node = Node(
                 directory=directory,
                 params=run.params,
@@ -187,7 +213,7 @@ async def _mine_shares(run: _Run, path: Path, shares: int, as_json: bool) -> Non
             started = trio.current_time()
             async with trio.open_nursery() as nursery:
                 await nursery.start(node.run, open_listeners("127.0.0.1", 0))
-                nursery.start_soon(_spend_fees, backend)
+                nursery.start_soon(spend_fees, backend)
                 host, port = node.server.addresses[0]
                 for plan in run.plans:
                     miner = await nursery.start(
@@ -212,7 +238,7 @@ async def _mine_shares(run: _Run, path: Path, shares: int, as_json: bool) -> Non
         directory.close()
 
 
-def _premine(backend: KernelBackend) -> None:
+def premine(backend: KernelBackend) -> None:
     """Give a new chain coinbases that are old enough to be spent, by anybody."""
     while (template := backend.block_template_now()).height <= PREMINED:
         script = bip34_push(template.height) + b"/premined/"
@@ -238,13 +264,22 @@ def _solved(template: BlockTemplate, coinbase: bytes) -> bytes:
     return assemble_block(header[:76] + nonce.to_bytes(4, "little"), coinbase, template)
 
 
-async def _spend_fees(backend: KernelBackend) -> None:
-    """After each block, spend some of the old coinbases to themselves, less a fee."""
+async def spend_fees(backend: KernelBackend, *, first: int = 0, step: int = 1) -> None:
+    """After each block, spend some of the old coinbases to themselves, less a fee.
+
+    Args:
+        backend: with a chain that ``premine`` began.
+        first, step: which of them: several nodes know different transactions, as Bitcoin nodes do.
+    """
     number = 0
     while True:
         tip = (await backend.tip()).block_hash
-        for spendable in backend.mature_coinbases(_ANYBODY_SCRIPT)[: 1 + number % 5]:
-            backend.add_transaction(_spend(spendable.txid, spendable.vout, spendable.value - FEE))
+        for spendable in backend.mature_coinbases(_ANYBODY_SCRIPT)[first::step][: 1 + number % 5]:
+            try:
+                backend.add_transaction(_spend(spendable.txid, spendable.vout, spendable.value - FEE))
+            except BackendError as error:  # another node's block has come and spent it
+                logger.debug("a spend came too late: %s", error)
+                break
         number += 1
         await backend.wait_for_tip(tip)
 
@@ -276,7 +311,7 @@ def _audit(run: _Run, directory: Path) -> dict[str, Any]:
             # A row without outputs has its window below the history that is kept.
             if row["is_block"] and row["block_outcome"] == "" and row["outputs"] is not None:
                 raw = backend.block_now(bytes.fromhex(row["hash"])[::-1])
-                outputs = [] if raw is None else _coinbase_outputs(raw)
+                outputs = [] if raw is None else coinbase_outputs(raw)
                 wrong = audit_block(params, rows, row["hash"], outputs)
                 audited += 1
                 if wrong is not None:
@@ -319,8 +354,8 @@ def _audit(run: _Run, directory: Path) -> dict[str, Any]:
     }
 
 
-def _coinbase_outputs(block: bytes) -> list[tuple[bytes, int]]:
-    """(script, sat) of the coinbase outputs of a whole block, read without any of our own codecs."""
+def coinbase_outputs(block: bytes) -> list[tuple[bytes, int]]:
+    """The (script, sat) of the coinbase outputs of a whole block, read without any of our own codecs."""
     return [(bytes(output.scriptPubKey), output.nValue) for output in CBlock.deserialize(block).vtx[0].vout]
 
 
@@ -395,14 +430,7 @@ def _print_summary(run: _Run, summary: dict[str, Any], data_dir: Path | None) ->
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 160
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("miner", "threads", "shares", "paid (BTC)", "address"):
-        table.add_column(name, justify="left" if name in ("miner", "address") else "right", overflow="fold")
-    for miner in summary["miners"]:
-        table.add_row(
-            miner["name"], str(miner["threads"]), str(miner["shares"]), f"{miner['paid'] / 1e8:.8f}", miner["address"]
-        )
-    console.print(table)
+    print_miners(console, summary["miners"])
     console.print()
     facts = Table(box=None, pad_edge=False, show_header=False)
     refused = summary["blocks_rejected"]
@@ -423,3 +451,15 @@ def _print_summary(run: _Run, summary: dict[str, Any], data_dir: Path | None) ->
     console.print(facts)
     for text in (*summary["mismatches"], *summary["reject_reasons"]):
         console.print(f"WRONG: {text}", style="bold red", markup=False)
+
+
+def print_miners(console: Console, miners: list[dict[str, Any]]) -> None:
+    """The table of what miners were paid."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("miner", "threads", "shares", "paid (BTC)", "address"):
+        table.add_column(name, justify="left" if name in ("miner", "address") else "right", overflow="fold")
+    for miner in miners:
+        table.add_row(
+            miner["name"], str(miner["threads"]), str(miner["shares"]), f"{miner['paid'] / 1e8:.8f}", miner["address"]
+        )
+    console.print(table)

@@ -33,4 +33,17 @@ class StratumError(P2PoolError):
 
 
 class PeerError(P2PoolError):
-    """A peer's: it broke the wire protocol or a limit. Its session ends and its score falls."""
+    """A peer's: it broke the wire protocol, a limit or a promise.
+
+    Arguments:
+        rule: what it broke, in a word or by the number of the sharechain's rule ("frame", "timeout", "R3", ...).
+        message: what the log says.
+    """
+
+    def __init__(self, rule: str, message: str) -> None:
+        super().__init__(rule, message)
+        self.rule = rule
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.rule}: {self.message}"

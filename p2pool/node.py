@@ -1,21 +1,23 @@
 """The node: opens, wires, serves and closes. The single writer of the sharechain; holds no rule and no format.
 
 Theory of operation. Every change of the sharechain happens in one synchronous stretch (``accept``): chain, store,
-new work, jobs to every miner. Around it run a task that follows the Bitcoin node, one that submits blocks, and the
-Stratum server, which asks the node as its desk. A submission that is a block is handed to the block task, which
-submits it before the share joins the chain: nothing about the sharechain may delay a Bitcoin block.
+new work, jobs to every miner. Around it run a task that follows the Bitcoin node, one that submits blocks, the
+Stratum server and the network of nodes; the last two ask the node as their desk. A submission that is a block is handed
+to the block task, which submits it before the share joins the chain: nothing about the sharechain may delay a Bitcoin
+block. Blocks that peers announce are completed, submitted and passed on the same way.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import os
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Final
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
 
 import trio
 
@@ -24,12 +26,14 @@ from p2pool.bitcoin_backend.address import AddressError, decode_address
 from p2pool.blocks import RETRY_S, BlockSubmitter, FoundBlock
 from p2pool.database import DataDirectory
 from p2pool.errors import BackendError, ConfigError, StratumError
+from p2pool.exchange import NO_PARENT, BlockExchange
 from p2pool.jobs import Candidate, JobBook, next_work
+from p2pool.p2p.network import Network, NetworkDesk, NetworkStatistics
 from p2pool.report import load_chain
 from p2pool.stratum.login import parse_user, payout_class_for
 from p2pool.stratum.protocol import Notify, Submission, Verdict, Worker
 from p2pool.stratum.server import ServerSettings, StratumServer
-from sharechain.chain import Accepted, ChainStatistics, Outcome, Unanchored
+from sharechain.chain import Accepted, ChainStatistics, Outcome, Sharechain, Unanchored
 from sharechain.difficulty import DIFFICULTY_1_TARGET, difficulty_of
 from sharechain.errors import InvalidShare
 from sharechain.params import Params
@@ -48,6 +52,13 @@ MIN_DIFFICULTY: Final = 2.0**-31
 MAX_DIFFICULTY: Final = 2.0**200
 #: Seconds between two waits for the disk: what a power cut can cost.
 SYNC_INTERVAL_S: Final = 1.0
+#: Seconds between two looks for the Bitcoin blocks that waiting shares build on, and how many are looked for at once.
+ANCHOR_INTERVAL_S: Final = 0.5
+MAX_ANCHORS: Final = 64
+#: Seconds between two of the node's words about itself.
+STATUS_INTERVAL_S: Final = 2.0
+#: Seconds over which the bandwidth is measured.
+TRAFFIC_INTERVAL_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +88,8 @@ class NodeStatistics:
     blocks: Sequence[BlockOutcome]
     bitcoin_height: int
     share_difficulty: float
+    #: None if the node is alone by choice.
+    network: NetworkStatistics | None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -91,8 +104,8 @@ class Node:
 
     Mutable fields: ``chain`` and the store (written only by ``accept`` and what it calls), ``_template`` (the newest
     from Bitcoin), ``_book`` with ``_notifies`` (jobs by desk id), ``_outcomes`` (what Bitcoin said of blocks whose
-    share is not in the chain yet), ``_synced_at`` and ``_unsynced``, and the counters. Invariant: the store holds
-    what the chain holds.
+    share is not in the chain yet), ``blocks``, ``network``, ``_synced_at`` and ``_unsynced``, and the counters.
+    Invariant: the store holds what the chain holds.
     """
 
     def __init__(
@@ -104,6 +117,7 @@ class Node:
         stratum: ServerSettings | None = None,
         default_address: str | None = None,
         clock: Callable[[], float] = time.time,
+        network: Callable[[NetworkDesk], Network] | None = None,
     ) -> None:
         """Load the chain; nothing runs yet.
 
@@ -114,6 +128,7 @@ class Node:
             stratum: settings of the Stratum port.
             default_address: paid for miners whose user name is no address; None refuses them.
             clock: Unix seconds.
+            network: makes the network of nodes round this one; None for a node that is alone.
 
         Raises:
             ConfigError: the backend is on another network, or the default address is none.
@@ -141,6 +156,13 @@ class Node:
         self._synced_at = -math.inf
         self._unsynced = False
         self._counters = _Counters()
+        self._traffic = (0, 0, clock())
+        self._anchors_wanted = trio.Event()
+        self._work_due = trio.Event()
+        #: Blocks between our Bitcoin and other nodes.
+        self.blocks: Final = BlockExchange(backend=backend, submitter=self._submitter, on_news=self._look_for_anchors)
+        self.network: Final = None if network is None else network(self)
+        self.blocks.network = self.network
         for warning in directory.warnings:
             logger.warning("%s", warning)
 
@@ -161,6 +183,10 @@ class Node:
                 await nursery.start(self._submitter.run, self._unsettled)
                 await nursery.start(self.server.serve, listeners)
                 nursery.start_soon(self._tick)
+                nursery.start_soon(self._anchor)
+                nursery.start_soon(self._follow_chain)
+                if self.network is not None:
+                    await nursery.start(self.network.run)
                 task_status.started()
         finally:
             for listener in listeners:  # the server has closed them, if it came so far
@@ -176,6 +202,7 @@ class Node:
             blocks=tuple(self._counters.blocks),
             bitcoin_height=self._bitcoin_height,
             share_difficulty=0.0 if work is None else difficulty_of(work.share_target),
+            network=None if self.network is None else self.network.statistics(),
         )
 
     def accept(self, share: Share) -> Outcome:
@@ -188,8 +215,58 @@ class Node:
         if isinstance(outcome, Accepted):
             self._record(outcome)
         elif isinstance(outcome, Unanchored):
-            logger.info("share %s waits for Bitcoin block %s", _shown(share.hash), _shown(outcome.block_hash))
+            logger.debug("share %s waits for Bitcoin block %s", _shown(share.hash), _shown(outcome.block_hash))
+            self._look_for_anchors()
         return outcome
+
+    # -- the desk of the network: see ``p2pool.p2p.network.NetworkDesk`` ------------------------------------------
+
+    def replace_chain(self, chain: Sharechain, shares: Iterable[Share]) -> None:
+        """Go over to a history that was judged aside."""
+        self.chain.replace(chain)
+        tip = self.chain.tip
+        assert tip is not None, "only a history with more work replaces ours"
+        facts = self.chain.known_blocks()
+        self._store.replace(
+            shares,
+            facts=facts,
+            tip=tip.hash,
+            short_history=self.chain.short_history,
+            first_seen_ms=int(self._clock() * 1000),
+            sync=True,
+        )
+        self._directory.note_written()
+        self._renew_work(clean=True)
+
+    def encoded(self, share_hash: bytes) -> bytes | None:
+        """A share as it goes over the wire."""
+        return self._store.encoded(share_hash)
+
+    def bitcoin_tip(self) -> tuple[bytes, int]:
+        """Hash and height of Bitcoin's tip."""
+        template = self._template
+        return (bytes(32), 0) if template is None else (template.previous_block_hash, template.height - 1)
+
+    async def learn_blocks(self, block_hashes: Iterable[bytes]) -> bool:
+        """Look up Bitcoin blocks that shares build on; whether all are known."""
+        known = True
+        for block_hash in block_hashes:
+            if self.chain.block_facts(block_hash) is not None:
+                continue
+            try:
+                facts = await self._backend.header_facts(block_hash)
+            except BackendError as error:
+                logger.error("the Bitcoin node does not tell block %s: %s", _shown(block_hash), error)
+                return False
+            if facts is None:
+                known = False
+            else:
+                self._learn(facts)
+        return known
+
+    def ready(self) -> None:
+        """Miners may be served."""
+        self._renew_work(clean=True)
 
     # -- the desk of the Stratum server ----------------------------------------------------------------------
 
@@ -215,6 +292,9 @@ class Node:
 
     def notify_for(self, worker: Worker) -> Notify | None:
         """The current job: see ``p2pool.stratum.protocol.Desk``."""
+        if self.network is not None and not self.network.is_ready:
+            return None
+        self._renew_due_work()
         target = None
         if worker.share_difficulty is not None:
             difficulty = min(max(worker.share_difficulty, MIN_DIFFICULTY), MAX_DIFFICULTY)
@@ -275,13 +355,17 @@ class Node:
 
     def _accept_own(self, candidate: Candidate) -> None:
         try:
-            self.accept(candidate.share())
+            self._accept_found(candidate.share())
         except InvalidShare as error:
             self._counters.invalid[error.rule] += 1
             count = self._counters.invalid[error.rule]
             if count & (count - 1) == 0:  # the first, the second, the fourth ...: a miner must not fill the log
                 logger.warning("a miner's share breaks a rule (number %d of this rule): %s", count, error)
             raise StratumError(20, str(error)) from None
+
+    def _accept_found(self, share: Share) -> None:
+        if isinstance(self.accept(share), Accepted) and self.network is not None:
+            self.network.share_found(share)
 
     def _record(self, change: Accepted) -> None:
         now, moment = self._clock(), trio.current_time()
@@ -307,8 +391,18 @@ class Node:
             logger.debug("share %s at height %d", _shown(share.hash), share.data.height)
         if change.disconnected:
             logger.info("reorg: %d shares left the main chain", len(change.disconnected))
-        if change.added:  # a new tip, or an uncle to name
+        if change.added:  # a new tip, or an uncle to name; of many shares in a row, one renewal is enough
+            self._work_due.set()
+
+    def _renew_due_work(self) -> None:
+        if self._work_due.is_set():
+            self._work_due = trio.Event()
             self._renew_work(clean=False)
+
+    async def _follow_chain(self) -> None:
+        while True:
+            await self._work_due.wait()
+            self._renew_due_work()
 
     def _renew_work(self, *, clean: bool) -> None:
         if self._template is None:
@@ -341,8 +435,11 @@ class Node:
             old, self._template = self._template, template
             clean = old is None or old.previous_block_hash != template.previous_block_hash
             self._bitcoin_height = template.height - 1
+            self.blocks.learn(template, facts)
             if facts is not None:
                 self._learn(facts)
+            if clean:
+                self._look_for_anchors()
             self._renew_work(clean=clean)
             if not started:
                 started = True
@@ -353,17 +450,62 @@ class Node:
                 logger.error("the Bitcoin node does not tell its tip: %s", error)
                 await trio.sleep(retry_s)
 
+    def _status(self, now: float) -> dict[str, Any]:
+        """For the commands that look at a running node."""
+        statistics = self.statistics()
+        network = None
+        if statistics.network is not None:
+            network = asdict(statistics.network)
+            received, sent, since = self._traffic
+            seconds = max(now - since, 1e-3)
+            network["received_per_s"] = round((network["received_bytes"] - received) / seconds)
+            network["sent_per_s"] = round((network["sent_bytes"] - sent) / seconds)
+            if seconds >= TRAFFIC_INTERVAL_S:
+                self._traffic = (network["received_bytes"], network["sent_bytes"], now)
+        tip = self.chain.tip
+        return {
+            "time": now,
+            "pid": os.getpid(),
+            "waiting": statistics.chain.waiting,
+            "tip": None if tip is None else _shown(tip.hash),
+            "height": statistics.chain.height,
+            "total_work": statistics.chain.total_work,
+            "shares": statistics.chain.shares,
+            "joined": statistics.shares,
+            "bitcoin_height": statistics.bitcoin_height,
+            "blocks": dict(Counter(block.reason for block in statistics.blocks)),
+            "invalid": statistics.invalid,
+            "network": network,
+        }
+
+    def _look_for_anchors(self) -> None:
+        self._anchors_wanted.set()
+
+    async def _anchor(self) -> None:
+        """Look up the Bitcoin blocks that waiting shares build on, as long as there are any."""
+        while True:
+            await self._anchors_wanted.wait()
+            self._anchors_wanted = trio.Event()
+            if wanted := self.chain.missing_blocks()[:MAX_ANCHORS]:
+                if not await self.learn_blocks(wanted):
+                    self._anchors_wanted.set()
+                await trio.sleep(ANCHOR_INTERVAL_S)
+
     def _accept_block(self, candidate: Candidate) -> None:
+        self.blocks.found(candidate.hash, candidate.block())  # Bitcoin has it by now, or does not answer
         if not candidate.is_share:
             return
         try:
-            self.accept(candidate.share())
+            self._accept_found(candidate.share())
         except InvalidShare as error:
             self._counters.invalid[error.rule] += 1
             logger.error("block %s is no valid share: %s", _shown(candidate.hash), error)
 
     def _on_answer(self, block_hash: bytes, result: SubmitResult, block: FoundBlock | None) -> None:
-        if block is not None:
+        if self.blocks.answered(block_hash, result):
+            if result.reason == NO_PARENT:
+                return  # no verdict: it comes again with the blocks before it
+        elif block is not None:
             self._counters.blocks.append(
                 BlockOutcome(
                     block_hash=_shown(block_hash),
@@ -383,6 +525,7 @@ class Node:
 
     async def _tick(self) -> None:
         eased_s = self.params.stall_doubling_s / 2
+        told_at = -math.inf
         while True:
             await trio.sleep(min(SYNC_INTERVAL_S, eased_s))
             now, moment = self._clock(), trio.current_time()
@@ -390,9 +533,12 @@ class Node:
                 self._store.sync()
                 self._directory.note_written()
                 self._synced_at, self._unsynced = moment, False
-            change = self.chain.release(now)
-            if isinstance(change, Accepted):
+            while isinstance(change := self.chain.release(now), Accepted):
                 self._record(change)
+                await trio.lowlevel.checkpoint()
+            if moment - told_at >= STATUS_INTERVAL_S:
+                told_at = moment
+                self._directory.write_status(self._status(now))
             work = self._book.work
             if work is not None and now - work.time >= min(WORK_INTERVAL_S, max(1.0, eased_s)):
                 self._renew_work(clean=False)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import signal
+import time
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -16,8 +18,13 @@ from p2pool.database import DataDirectory
 from p2pool.errors import ConfigError
 from p2pool.miner import Miner, MinerEvent, MinerStatistics, mine
 from p2pool.node import Node
+from p2pool.p2p.network import Network, NetworkDesk
+from p2pool.p2p.peers import PeerBook, PeerLimits
 from p2pool.stratum.server import ServerSettings, open_listeners
 from p2pool.stratum.vardiff import VardiffSettings
+
+if TYPE_CHECKING:
+    from p2pool.bitcoin_backend.kernel import KernelBackend
 
 __all__ = ["run_miner", "run_node", "until_signal"]
 
@@ -28,22 +35,29 @@ MINER_INTERVAL_S: Final = 2.0
 
 
 async def until_signal(job: Callable[[], Awaitable[None]]) -> None:
-    """Run ``job`` until it ends or the process is told to stop (SIGINT, SIGTERM)."""
-    async with trio.open_nursery() as nursery:
+    """Run ``job`` until it ends or the process is told to stop (SIGINT, SIGTERM, SIGHUP).
 
-        async def watch() -> None:
-            with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    Another signal while it stops changes nothing: it is stopping.
+    """
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+        async with trio.open_nursery() as nursery:
+
+            async def watch() -> None:
                 async for number in signals:
                     logger.info("%s: stopping", signal.Signals(number).name)
                     nursery.cancel_scope.cancel()
 
-        nursery.start_soon(watch)
-        await job()
-        nursery.cancel_scope.cancel()
+            nursery.start_soon(watch)
+            await job()
+            nursery.cancel_scope.cancel()
 
 
-def run_node(config: Config) -> None:
+def run_node(config: Config, *, beside: Callable[[KernelBackend], Awaitable[None]] | None = None) -> None:
     """Run a node until it is told to stop.
+
+    Args:
+        config: what the operator chose.
+        beside: runs with the node, on its embedded Bitcoin: for demonstrations and experiments.
 
     Raises:
         ConfigError: what the operator asked for cannot be done.
@@ -55,10 +69,10 @@ def run_node(config: Config) -> None:
             f"--network {config.network}: needs a Bitcoin node over RPC, which this version does not speak yet; "
             "--network regtest embeds its own"
         )
-    trio.run(until_signal, lambda: _run_node(config))
+    trio.run(until_signal, lambda: _run_node(config, beside))
 
 
-async def _run_node(config: Config) -> None:
+async def _run_node(config: Config, beside: Callable[[KernelBackend], Awaitable[None]] | None) -> None:
     from p2pool.bitcoin_backend.kernel import KernelBackend
 
     directory = DataDirectory(config.data_dir, config.params)
@@ -71,10 +85,13 @@ async def _run_node(config: Config) -> None:
                 backend=backend,
                 stratum=ServerSettings(vardiff=VardiffSettings(target_interval_s=config.vardiff_interval)),
                 default_address=config.address,
+                network=partial(_build_network, config, directory),
             )
             listeners = open_listeners(config.stratum_host, config.stratum_port)
             async with trio.open_nursery() as nursery:
                 await nursery.start(node.run, listeners)
+                if beside is not None:
+                    nursery.start_soon(beside, backend)
                 chain = node.statistics().chain
                 logger.info(
                     "network %s (%s), %d shares, height %d; data in %s",
@@ -84,6 +101,8 @@ async def _run_node(config: Config) -> None:
                     chain.height,
                     config.data_dir,
                 )
+                for address in node.network.addresses if node.network is not None else ():
+                    logger.info("nodes connect to %s", address)
                 for host, port in node.server.addresses:
                     logger.info("miners connect to stratum+tcp://%s:%d, user name: their Bitcoin address", host, port)
         finally:
@@ -91,6 +110,45 @@ async def _run_node(config: Config) -> None:
                 await backend.aclose()
     finally:
         directory.close()
+
+
+def _build_network(config: Config, directory: DataDirectory, desk: NetworkDesk) -> Network:
+    """The network round a node: its identity, what it knows of others, and libp2p."""
+    from p2pool.p2p.hardening import check_library
+    from p2pool.p2p.host import Libp2pTransport, load_identity
+
+    check_library()
+    heard: list[Network] = []
+    transport = Libp2pTransport(
+        seed=load_identity(directory.identity_file),
+        network_id=config.params.network_id,
+        listen_host=config.p2p_host,
+        listen_port=config.p2p_port,
+        max_connections=config.max_inbound + config.max_outbound + len(config.peer) + 8,
+        mdns=config.mdns,
+        found=lambda address: heard[0].heard_of(address),
+    )
+    limits = PeerLimits(max_inbound=config.max_inbound, max_outbound=config.max_outbound)
+    encoded = directory.load_peers()
+    book = None
+    if encoded is not None:
+        try:
+            book = PeerBook.decode(encoded, limits, own_id=transport.peer_id, fixed=config.peer)
+        except ValueError as error:
+            logger.warning("what was known of other nodes is lost: %s", error)
+    if book is None:
+        book = PeerBook(limits, own_id=transport.peer_id, fixed=config.peer)
+    network = Network(
+        desk,
+        transport,
+        book,
+        clock=time.time,
+        choose=random.SystemRandom(),
+        expects_peers=config.mdns,
+        save=directory.save_peers,
+    )
+    heard.append(network)
+    return network
 
 
 def run_miner(

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 SHARECHAIN_ORDER = (
     "errors",
     "params",
+    "cbor",
     "tagged",
     "_native",
     "hasher",
@@ -25,6 +26,7 @@ SHARECHAIN_ORDER = (
     "window",
     "coinbase",
     "validate",
+    "waiting",
     "chain",
     "store",
     "simulation",
@@ -36,8 +38,22 @@ WORLD = {"asyncio", "logging", "multiprocessing", "os", "pathlib", "plyvel", "ra
 WORLD |= {"socket", "ssl", "subprocess", "tempfile", "threading", "time", "trio", "urllib", "http"}
 #: Files of the node that may touch the world; all others are pure.
 IO_FILES = {
-    *("bench", "blocks", "cli", "database", "demo", "lab", "miner", "node", "service"),
-    *("bitcoin_backend/kernel", "bitcoin_backend/rpc", "p2p/host", "stratum/server", "web/server"),
+    *(
+        "bench",
+        "bench_network",
+        "blocks",
+        "cli",
+        "cluster",
+        "cluster_demo",
+        "database",
+        "demo",
+        "lab",
+        "miner",
+        "node",
+        "service",
+    ),
+    *("bitcoin_backend/kernel", "bitcoin_backend/rpc", "exchange", "stratum/server", "web/server"),
+    *("p2p/__init__", "p2p/network", "p2p/blocks", "p2p/intake", "p2p/host", "p2p/lan", "p2p/hardening"),
 }
 IO_MODULES = {"trio", "socket", "plyvel", "plyvel_next", "time", "random", "secrets", "select", "libp2p", "pbk"}
 ROOMS = ("bitcoin_backend", "stratum", "p2p", "web")

@@ -6,11 +6,12 @@ process. The rest of the node never asks which. Importing this package loads nei
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 from p2pool.bitcoin_backend.template import BlockTemplate, HeaderFacts, SubmitResult, TemplateTransaction
 
-__all__ = ["BitcoinBackend", "BlockTemplate", "HeaderFacts", "SubmitResult", "TemplateTransaction"]
+__all__ = ["BitcoinBackend", "BlockSource", "BlockTemplate", "HeaderFacts", "SubmitResult", "TemplateTransaction"]
 
 
 class BitcoinBackend(Protocol):
@@ -66,3 +67,30 @@ class BitcoinBackend(Protocol):
 
     async def aclose(self) -> None:
         """Let go of the node: end connections, write what is due; who waits gets a `BackendError`."""
+
+
+@runtime_checkable
+class BlockSource(Protocol):
+    """A backend without a Bitcoin network of its own: its blocks go from node to node of the pool.
+
+    One side says where its chain is (`block_locator`), the other gives what comes after (`blocks_after`), the first
+    submits it, until nothing comes. Blocks of a branch are "inconclusive" until the branch has more work than the
+    chain, and the locator stays as it was. So whoever asks for more puts the hash of the last block that it was given
+    before its locator, or a long branch would begin anew with each answer.
+
+    Both methods may raise `BackendError`. They cost next to nothing where both sides have the same tip.
+    """
+
+    async def block_locator(self) -> tuple[bytes, ...]:
+        """Give hashes of the best chain (internal order): the newest ten, then ever further apart, genesis last."""
+
+    async def block(self, block_hash: bytes) -> bytes | None:
+        """Give a whole block, on whatever branch, or None if it is not known."""
+
+    async def blocks_after(self, locator: Sequence[bytes], max_bytes: int) -> tuple[bytes, ...]:
+        """Give whole blocks of the best chain, lowest first; none if it ends where the locator says.
+
+        Arguments:
+            locator: the blocks come after its first hash that is on the best chain, or after genesis if none is.
+            max_bytes: as many blocks as fit, at least one, at most 1,000.
+        """

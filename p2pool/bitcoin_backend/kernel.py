@@ -4,7 +4,7 @@ With it a whole pool runs, and finds real blocks, on a machine without a Bitcoin
 the tests mine is judged by the rules of Bitcoin themselves. What a full node has beyond consensus - peers, a
 wallet, a mempool, RPC - is not here, except for a small mempool that takes transactions by hand.
 
-Theory of operation. The library (module `pbk`) validates, stores and connects blocks. It leaves five things
+Theory of operation. The library (module `pbk`) validates, stores and connects blocks. It leaves six things
 to us:
 
 * Verdicts. `process_block` says whether a block is new, not whether it is valid. The verdict is the
@@ -17,6 +17,8 @@ to us:
   open directories our own.
 * Safety. Misuse crashes the process rather than raising. One lock serialises all calls and the closing; no
   object of the library outlives the call that made it, but for the manager and its context.
+* A network. Blocks are read for other nodes, and theirs submitted (`BlockSource`); the lock is let go between a few
+  dozen reads, so that no block of ours waits behind a stranger's catching up.
 * Templates. Subsidy, target and times of regtest are computed here. For the transactions that a user adds we
   keep the unspent outputs ourselves (`mempool.py`); they are collected from the chain at their first use, so
   that a node which never adds any pays nothing. Added transactions are not stored: a close forgets them.
@@ -35,7 +37,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,9 @@ _RETARGET_INTERVAL = 144  # blocks, regtest: one day of ten-minute blocks
 _TIMEWARP_GRACE_S = 600  # BIP94, in force on regtest
 _MEDIAN_SPAN = 11  # blocks
 _FACTS_LIMIT = 10_000  # headers remembered, 200 bytes each
+_LOCATOR_DENSE = 10  # hashes of a locator without gaps; behind them each gap is twice the one before
+_ANSWER_LIMIT = 1_000  # blocks given at once: 0.1 s of reading
+_BLOCKS_PER_LOCK = 32  # blocks read before others have their turn: some 3 ms
 
 
 class KernelBackend:
@@ -71,7 +76,8 @@ class KernelBackend:
 
     State, all of it under `_lock`: `_manager` and `_context` are set from open to close; `_tip` and
     `_tip_time` are what the library's active chain ends in; `_facts` remembers headers, which never change;
-    `_mempool` is None until first used and then follows the tip when it is used again.
+    `_mempool` is None until first used and then follows the tip when it is used again; `_locator` is that of
+    the tip which is its first hash, or empty.
     """
 
     def __init__(
@@ -89,6 +95,7 @@ class KernelBackend:
         self._faults: list[str] = []
         self._facts: dict[bytes, HeaderFacts] = {}
         self._mempool: Mempool | None = None
+        self._locator: tuple[bytes, ...] = ()
         self._tip_moved = trio.Event()
         self._manager: Any = None
         self._context: Any = None
@@ -201,6 +208,25 @@ class KernelBackend:
                 await self._tip_moved.wait()
         return self.tip_now().block_hash
 
+    # What other nodes ask for: `BlockSource`.
+
+    async def block_locator(self) -> tuple[bytes, ...]:
+        """See `BlockSource`."""
+        await trio.lowlevel.checkpoint()
+        tip, locator = self.tip_now().block_hash, self._locator
+        return locator if locator[:1] == (tip,) else await trio.to_thread.run_sync(self.block_locator_now)
+
+    async def block(self, block_hash: bytes) -> bytes | None:
+        """See `BlockSource`."""
+        return await trio.to_thread.run_sync(self._branch_block_now, block_hash)
+
+    async def blocks_after(self, locator: Sequence[bytes], max_bytes: int) -> tuple[bytes, ...]:
+        """See `BlockSource`."""
+        await trio.lowlevel.checkpoint()
+        if self.tip_now().block_hash in locator[:1]:
+            return ()
+        return await trio.to_thread.run_sync(self.blocks_after_now, locator, max_bytes)
+
     # The synchronous twins.
 
     def block_template_now(self) -> BlockTemplate:
@@ -228,10 +254,8 @@ class KernelBackend:
             known = self._facts.get(block_hash)
             if known is not None:
                 return known
-            pointer = self._clib.btck_chainstate_manager_get_block_tree_entry_by_hash(
-                self._manager, self._pbk.BlockHash(block_hash)
-            )
-            return self._read_facts(self._pbk.BlockTreeEntry._from_view(pointer)) if pointer else None
+            entry = self._entry_of(block_hash)
+            return None if entry is None else self._read_facts(entry)
 
     def submit_block_now(self, raw: bytes) -> SubmitResult:
         """Give what `submit_block` gives."""
@@ -268,25 +292,57 @@ class KernelBackend:
             return SubmitResult(accepted=False, reason=state.partition(", ")[0] or verdict[1].name.lower())
 
     def block_now(self, block_hash: bytes) -> bytes | None:
-        """Give a whole block of the active chain, or None if it is not in it.
-
-        Arguments:
-            block_hash: 32 bytes, internal order.
-        """
-        facts = self.header_facts_now(block_hash)
-        if facts is None or not self.is_on_chain_now(block_hash):
-            return None
+        """Give a whole block of the active chain by its hash (internal order), or None if it is not in it."""
         with self._library():
-            return self._read_block(self._manager.get_active_chain().block_tree_entries[facts.height])
+            height = self._height_on_chain(block_hash)
+            if height is None:
+                return None
+            return self._read_block(self._manager.get_active_chain().block_tree_entries[height])
+
+    def _branch_block_now(self, block_hash: bytes) -> bytes | None:
+        with self._library():
+            entry = self._entry_of(block_hash)
+            return None if entry is None or entry.height == 0 else self._read_block(entry)
+
+    def block_locator_now(self) -> tuple[bytes, ...]:
+        """Give what `block_locator` gives."""
+        with self._library():
+            if self._locator[:1] != (self._tip.block_hash,):
+                entries = self._manager.get_active_chain().block_tree_entries
+                height, gap, hashes = self._tip.height, 1, []
+                while height > 0:
+                    hashes.append(bytes(entries[height].block_hash))
+                    gap *= 2 if len(hashes) >= _LOCATOR_DENSE else 1
+                    height -= gap
+                self._locator = (*hashes, bytes(entries[0].block_hash))
+            return self._locator
+
+    def blocks_after_now(self, locator: Sequence[bytes], max_bytes: int) -> tuple[bytes, ...]:
+        """Give what `blocks_after` gives."""
+        blocks: list[bytes] = []
+        height, last, room = 0, b"", max_bytes
+        while True:
+            with self._library():
+                entries = self._manager.get_active_chain().block_tree_entries
+                if not blocks:
+                    height = next((at for at in map(self._height_on_chain, locator) if at is not None), 0)
+                elif self._height_on_chain(last) != height:  # a reorg in between: what comes now does not follow
+                    return tuple(blocks)
+                for _ in range(_BLOCKS_PER_LOCK):
+                    if height == self._tip.height or len(blocks) == _ANSWER_LIMIT:
+                        return tuple(blocks)
+                    raw = self._read_block(entries[height + 1])
+                    room -= len(raw)
+                    if blocks and room < 0:
+                        return tuple(blocks)
+                    blocks.append(raw)
+                    height += 1
+            last = sha256d(raw[:80])
 
     def is_on_chain_now(self, block_hash: bytes) -> bool:
         """Give what `is_on_chain` gives."""
-        facts = self.header_facts_now(block_hash)
-        if facts is None:
-            return False
         with self._library():
-            entries = self._manager.get_active_chain().block_tree_entries
-            return facts.height < len(entries) and bytes(entries[facts.height].block_hash) == block_hash
+            return self._height_on_chain(block_hash) is not None
 
     def tip_now(self) -> HeaderFacts:
         """Give what `tip` gives."""
@@ -413,6 +469,19 @@ class KernelBackend:
             self._facts.clear()
         self._facts[block_hash] = facts
         return facts
+
+    def _height_on_chain(self, block_hash: bytes) -> int | None:
+        entry = self._entry_of(block_hash)
+        if entry is None or entry.height > self._tip.height:
+            return None
+        height: int = entry.height
+        on_chain = self._manager.get_active_chain().block_tree_entries[height]
+        return height if bytes(on_chain.block_hash) == block_hash else None
+
+    def _entry_of(self, block_hash: bytes) -> Any:
+        wanted = self._pbk.BlockHash(block_hash)
+        pointer = self._clib.btck_chainstate_manager_get_block_tree_entry_by_hash(self._manager, wanted)
+        return self._pbk.BlockTreeEntry._from_view(pointer) if pointer else None
 
     def _read_block(self, entry: Any) -> bytes:
         parts: list[bytes] = []

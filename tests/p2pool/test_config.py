@@ -23,6 +23,9 @@ def load(file: Path | None = None, *, environment: dict[str, str] | None = None,
     return load_config(flags, BASE if environment is None else environment, file)
 
 
+A = "/ip4/8.8.8.8/tcp/9338/p2p/12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA"
+B = "/dns/node.example.org/tcp/1/p2p/12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA"
+
 #: For each option: what a flag, a variable and the file say, and what comes of it.
 VALUES: dict[str, tuple[object, str, str, tuple[object, object, object]]] = {
     "network": ("regtest", "signet", '"testnet4"', ("regtest", "signet", "testnet4")),
@@ -31,6 +34,12 @@ VALUES: dict[str, tuple[object, str, str, tuple[object, object, object]]] = {
     "stratum_host": ("1.1.1.1", "::1", '"0.0.0.0"', ("1.1.1.1", "::1", "0.0.0.0")),
     "stratum_port": ("1", "2", "3", (1, 2, 3)),
     "vardiff_interval": ("1", "2.5", "3", (1.0, 2.5, 3.0)),
+    "peer": ((A, B), f"{A},{B}", f'["{B}"]', ((A, B), (A, B), (B,))),
+    "p2p_host": ("1.1.1.1", "::1", '"127.0.0.1"', ("1.1.1.1", "::1", "127.0.0.1")),
+    "p2p_port": ("1", "2", "3", (1, 2, 3)),
+    "mdns": (True, "yes", "true", (True, True, True)),
+    "max_inbound": ("1", "2", "3", (1, 2, 3)),
+    "max_outbound": ("1", "2", "3", (1, 2, 3)),
     "log_level": ("debug", "warning", '"error"', ("debug", "warning", "error")),
 }
 
@@ -60,6 +69,12 @@ def test_the_defaults() -> None:
         stratum_host="127.0.0.1",
         stratum_port=3333,
         vardiff_interval=5.0,
+        peer=(),
+        p2p_host="0.0.0.0",
+        p2p_port=9338,
+        mdns=False,
+        max_inbound=64,
+        max_outbound=8,
         log_level="info",
     )
 
@@ -85,6 +100,11 @@ def test_the_data_directory_follows_the_network_and_the_home_directory(
         ("stratum_port", "\N{SUPERSCRIPT TWO}"),
         ("stratum_port", ""),
         ("stratum_port", "9" * 5000),
+        ("peer", "192.168.0.1:9338"),
+        ("peer", "/ip4/8.8.8.8/tcp/9338"),
+        ("max_inbound", "1001"),
+        ("max_outbound", "-1"),
+        ("mdns", "maybe"),
         ("vardiff_interval", "0"),
         ("vardiff_interval", "nan"),
         ("vardiff_interval", "inf"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -75,3 +76,82 @@ def test_a_demonstration_does_not_touch_a_directory_of_another_network(tmp_path:
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "holds network 'test', not a demonstration" in done.stderr
+
+
+def processes_of(path: Path, *, of: str = "") -> list[int]:
+    """The processes with a path below ``path`` in their command line, ending as said."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if any(part.startswith(bytes(path)) and part.endswith(of.encode()) for part in command.split(b"\0")):
+            found.append(int(process.name))
+    return found
+
+
+def start_several(path: Path) -> subprocess.Popen[str]:
+    """A demonstration with two nodes that mine."""
+    process = subprocess.Popen(
+        [*COMMAND, "--nodes", "2", "--shares", "100000", "--data-dir", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    while "mining" not in process.stderr.readline():
+        assert process.poll() is None
+    return process
+
+
+def test_several_nodes_agree_and_later_ones_join(tmp_path: Path) -> None:
+    path = tmp_path / "demo"
+    first = demo("--nodes", "2", "--shares", "25", "--block-every", "4", "--data-dir", str(path))
+    assert (first["ok"], first["converged"], first["equal_payouts"]) == (True, True, True)
+    assert first["shares"] >= 25
+    assert first["blocks"] > 0
+    assert (first["blocks_rejected"], first["blocks_missing"], first["payout_mismatches"]) == (0, 0, 0)
+    assert (first["invalid"], first["faults"]) == (0, 0)
+    assert first["blocks_audited"] >= 2 * (first["blocks"] - first["blocks_stale"]) > 0
+    assert first["fee_transactions"] > 0
+    assert first["propagation_ms"]["p50"] >= 0
+    assert [node["node"] for node in first["nodes"]] == [1, 2]
+    assert len({node["tip"] for node in first["nodes"]}) == 1
+    assert all(node["agrees"] and node["received_bytes"] > 0 for node in first["nodes"])
+    assert sum(miner["shares"] for miner in first["miners"]) == first["shares"]
+    second = demo("--nodes", "3", "--miners", "1", "--shares", "5", "--data-dir", str(path))
+    assert second["ok"]
+    assert second["nodes"][2]["height"] > first["nodes"][0]["height"]
+    assert second["nodes"][2]["own_shares"] == 0
+    done = subprocess.run(
+        [*COMMAND, "--nodes", "2", "--data-dir", str(path / "node1")], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert "holds a single node" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_demonstration_of_several_nodes_leaves_no_process(tmp_path: Path, number: int) -> None:
+    process = start_several(tmp_path)
+    assert len(processes_of(tmp_path, of="node.toml")) == 2
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors
+    assert (process.returncode, output) == (130, "")
+    assert errors.endswith("interrupted: all nodes are stopped\n")
+    assert processes_of(tmp_path) == []
+    for node in ("node1", "node2"):
+        assert not (tmp_path / node / "bitcoin" / "DIRTY").exists()
+        assert (tmp_path / node / "sharechain.sums").exists()
+
+
+def test_a_node_that_dies_ends_the_demonstration_with_the_end_of_its_log(tmp_path: Path) -> None:
+    process = start_several(tmp_path)
+    os.kill(processes_of(tmp_path, of="node.toml")[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    assert "has died (SIGKILL); the end of its log:\n    " in errors
+    assert "miners connect to stratum+tcp://127.0.0.1:" in errors.partition("the end of its log:")[2]
+    assert processes_of(tmp_path) == []

@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,14 @@ import trio.testing
 from bitcoin.core import CBlock
 from coincurve import PrivateKey
 
-from p2pool.bitcoin_backend import BitcoinBackend, BlockTemplate, SubmitResult, TemplateTransaction, mempool
+from p2pool.bitcoin_backend import (
+    BitcoinBackend,
+    BlockSource,
+    BlockTemplate,
+    SubmitResult,
+    TemplateTransaction,
+    mempool,
+)
 from p2pool.bitcoin_backend.kernel import KernelBackend
 from p2pool.bitcoin_backend.mempool import Spendable
 from p2pool.bitcoin_backend.template import (
@@ -370,6 +378,139 @@ def test_a_block_of_the_active_chain_can_be_read_back(backend: KernelBackend) ->
     assert backend.block_now(sha256d(block[:80])) == block
     assert backend.block_now(sha256d(rival[:80])) is None
     assert backend.block_now(b"\x07" * 32) is None
+
+
+# Blocks for other nodes.
+
+
+def follow(behind: KernelBackend, ahead: KernelBackend, max_bytes: int = 2**20) -> int:
+    """What a node does whose peer may have more blocks; gives how many it was sent."""
+    sent: list[bytes] = []
+    while True:
+        last = (sha256d(sent[-1][:80]),) if sent else ()
+        blocks = ahead.blocks_after_now((*last, *behind.block_locator_now()), max_bytes)
+        if not blocks:
+            return len(sent)
+        for raw in blocks:
+            assert behind.submit_block_now(raw).reason in ("", "inconclusive", "duplicate")
+        sent += blocks
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[tuple[KernelBackend, KernelBackend]]:
+    opened = [KernelBackend.open(tmp_path / name) for name in "ab"]
+    yield opened[0], opened[1]
+    for backend in opened:
+        backend.close()
+
+
+def test_a_locator_grows_apart_and_ends_at_genesis(backend: KernelBackend) -> None:
+    checked: BlockSource = backend  # the protocol, as mypy sees it
+    assert isinstance(checked, BlockSource)
+    genesis = backend.tip_now().block_hash
+    assert backend.block_locator_now() == (genesis,)
+    chain = [genesis, *(mine(backend) for _ in range(60))]
+    heights = [chain.index(block_hash) for block_hash in backend.block_locator_now()]
+    assert heights == [60, 59, 58, 57, 56, 55, 54, 53, 52, 51, 49, 45, 37, 21, 0]
+    newest = mine(backend)
+    assert backend.block_locator_now()[:2] == (newest, chain[60])
+
+
+async def test_two_nodes_with_one_tip_have_nothing_to_send(backend: KernelBackend) -> None:
+    mine(backend, 3)
+    locator = await backend.block_locator()
+    assert locator == await backend.block_locator() == backend.block_locator_now()
+    assert await backend.blocks_after(locator, 1_000) == ()
+    assert backend.blocks_after_now(locator, 1_000) == ()
+    assert len(await backend.blocks_after(locator[1:], 1_000)) == 1
+
+
+def test_an_answer_has_as_many_blocks_as_fit_and_never_none(backend: KernelBackend) -> None:
+    blocks = []
+    for _ in range(70):
+        blocks.append(build_block(backend.block_template_now()))
+        assert backend.submit_block_now(blocks[-1]) == ACCEPTED
+    tip = backend.tip_now().block_hash
+    genesis = backend.block_locator_now()[-1]
+    three = sum(map(len, blocks[:3]))
+    assert backend.blocks_after_now((genesis,), three) == tuple(blocks[:3])
+    assert backend.blocks_after_now((genesis,), three - 1) == tuple(blocks[:2])
+    assert backend.blocks_after_now((genesis,), 0) == tuple(blocks[:1])
+    assert backend.blocks_after_now((genesis,), 2**20) == tuple(blocks)
+    assert backend.blocks_after_now((b"\x07" * 32,), 2**20) == tuple(blocks)
+    assert backend.blocks_after_now((), 2**20) == tuple(blocks)
+    assert backend.blocks_after_now((b"\x07" * 32, tip, genesis), 2**20) == ()
+    assert backend.blocks_after_now((sha256d(blocks[9][:80]), genesis), 2**20) == tuple(blocks[10:])
+
+
+def test_blocks_of_a_side_branch_are_not_given(backend: KernelBackend) -> None:
+    template = backend.block_template_now()
+    ours = build_block(template)
+    theirs = build_block(template, extra=b"\x01")
+    assert backend.submit_block_now(ours) == ACCEPTED
+    assert backend.submit_block_now(theirs).reason == "inconclusive"
+    assert backend.blocks_after_now((sha256d(theirs[:80]), template.previous_block_hash), 2**20) == (ours,)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_bytes", [2**20, 5_000, 0])
+def test_two_branches_end_on_the_heavier_one(pair: tuple[KernelBackend, KernelBackend], max_bytes: int) -> None:
+    """Also if an answer does not reach as far as the branch that it is to overtake."""
+    first, second = pair
+    mine(first, 5)
+    assert follow(second, first) == 5
+    mine(first, 40)
+    heavier = mine(second, 41, script=p2wpkh_script(KEY))
+    assert follow(second, first, max_bytes) >= 40
+    assert second.tip_now().block_hash == heavier
+    assert follow(first, second, max_bytes) >= 41
+    assert first.tip_now().block_hash == heavier
+    assert follow(first, second, max_bytes) == follow(second, first, max_bytes) == 0
+    assert first.block_locator_now() == second.block_locator_now()
+
+
+@pytest.mark.slow
+def test_an_empty_chain_catches_up(pair: tuple[KernelBackend, KernelBackend]) -> None:
+    ahead, behind = pair
+    mine(ahead, 300)
+    first = ahead.blocks_after_now(behind.block_locator_now(), 2**20)
+    mine(ahead, 10)
+    assert [behind.submit_block_now(raw) for raw in first] == [ACCEPTED] * 300
+    assert follow(behind, ahead) == 10
+    assert behind.tip_now() == ahead.tip_now()
+
+
+class Interrupted(KernelBackend):
+    """Something happens once, the next time that the library is let go."""
+
+    interruption: Callable[[], object] | None = None
+
+    @contextmanager
+    def _library(self) -> Iterator[None]:
+        with super()._library():
+            yield
+        happens, self.interruption = self.interruption, None
+        if happens is not None:
+            happens()
+
+
+@pytest.mark.slow
+def test_an_answer_never_joins_two_branches(tmp_path: Path) -> None:
+    """The chain changes while blocks are read: what was read so far is one branch, and is given alone."""
+    backend, rival = Interrupted.open(tmp_path / "a"), KernelBackend.open(tmp_path / "b")
+    assert isinstance(backend, Interrupted)
+    mine(backend, 60)
+    blocks = backend.blocks_after_now((), 2**20)
+    mine(rival, 61, script=p2wpkh_script(KEY))
+    backend.interruption = lambda: follow(backend, rival)
+    given = backend.blocks_after_now((), 2**20)
+    assert 0 < len(given) < 60
+    assert given == blocks[: len(given)]
+    assert backend.blocks_after_now((), 2**20) == rival.blocks_after_now((), 2**20)
+    backend.interruption = lambda: mine(backend)
+    assert len(backend.blocks_after_now((), 2**20)) == 62
+    for opened in (backend, rival):
+        opened.close()
 
 
 # Waiting.

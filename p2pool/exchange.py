@@ -1,0 +1,149 @@
+"""Bitcoin blocks between this node's backend and the other nodes: the network's desk for everything about blocks.
+
+Theory of operation. A block that a peer announces is completed by ``BlockRelay``, submitted by ``BlockSubmitter`` like
+one of our own, and announced to the other peers unless Bitcoin refuses it. A backend without a network of its own (the
+embedded one) also gets whole stretches of the chain from peers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
+
+import trio
+
+from p2pool.bitcoin_backend import BitcoinBackend, BlockSource, BlockTemplate, HeaderFacts, SubmitResult
+from p2pool.blocks import STALE_BLOCK, BlockSubmitter, FoundBlock
+from p2pool.errors import BackendError
+from p2pool.p2p.network import Network
+from p2pool.p2p.wire import Announce, Transactions, Wanted
+from p2pool.relay import BlockRelay, CompletedBlock
+
+__all__ = ["BlockExchange"]
+
+logger = logging.getLogger("p2pool.node")
+
+#: Bitcoin Core's word for a block whose parent it does not have.
+NO_PARENT: Final = "prev-blk-not-found"
+
+
+class BlockExchange:
+    """See ``p2pool.p2p.network.BlockDesk``.
+
+    Mutable fields: ``network`` (set once, None for a node that is alone), ``_relay``, ``_tip_facts`` (of the block that
+    the newest template builds on), ``_relayed`` (blocks of other nodes that Bitcoin has not answered yet) and
+    ``_refused`` (why it refused some of them, until that was acted on).
+    """
+
+    def __init__(self, *, backend: BitcoinBackend, submitter: BlockSubmitter, on_news: Callable[[], None]) -> None:
+        """
+        Args:
+            backend: the Bitcoin node.
+            submitter: of blocks to it.
+            on_news: told when the backend may know blocks that it did not know before.
+        """
+        self.network: Network | None = None
+        self._backend = backend
+        self._submitter = submitter
+        self._on_news = on_news
+        self._relay = BlockRelay()
+        self._tip_facts: HeaderFacts | None = None
+        self._relayed: set[bytes] = set()
+        self._refused: dict[bytes, str] = {}
+
+    def learn(self, template: BlockTemplate, facts: HeaderFacts | None) -> None:
+        """The newest template, and what is known of the block that it builds on."""
+        self._relay.learn(template)
+        self._tip_facts = facts
+
+    def found(self, block_hash: bytes, raw: bytes) -> None:
+        """A block of our own was handed to Bitcoin: tell everybody."""
+        if self.network is not None:
+            self.network.blocks.found(block_hash, self._relay.announcement(raw))
+
+    def answered(self, block_hash: bytes, result: SubmitResult) -> bool:
+        """What Bitcoin said of a block. Returns whether the block was another node's."""
+        if block_hash not in self._relayed:
+            return False
+        self._relayed.discard(block_hash)
+        if not result.accepted and result.reason != STALE_BLOCK:
+            self._refused[block_hash] = result.reason
+        return True
+
+    def announced(self, peer_id: str, announce: Announce) -> Wanted:
+        """A peer announces a block. Raises: PeerError."""
+        facts = self._tip_facts
+        if facts is not None and facts.block_hash != announce.header[4:36]:
+            facts = None
+        return self._answer(peer_id, self._relay.announced(peer_id, announce, trio.current_time(), facts))
+
+    def filled(self, peer_id: str, transactions: Transactions) -> Wanted:
+        """A peer sends what was lacking of a block. Raises: PeerError."""
+        return self._answer(peer_id, self._relay.filled(peer_id, transactions, trio.current_time()))
+
+    def lacking(self, block_hash: bytes, positions: Sequence[int]) -> Iterable[Transactions]:
+        """What a peer lacks of a block that we announced. Raises: PeerError."""
+        return self._relay.transactions(block_hash, positions)
+
+    async def knows(self, block_hash: bytes) -> bool:
+        """Whether the backend has a block."""
+        try:
+            return await self._backend.header_facts(block_hash) is not None
+        except BackendError:
+            return True  # nobody can be helped now
+
+    async def locator(self) -> tuple[bytes, ...] | None:
+        """Of the backend's chain; None if it follows Bitcoin by itself. Raises: BackendError."""
+        return await self._backend.block_locator() if isinstance(self._backend, BlockSource) else None
+
+    async def after(self, locator: Sequence[bytes], max_bytes: int) -> tuple[bytes, ...] | None:
+        """Blocks of the backend's chain; None if it follows Bitcoin by itself. Raises: BackendError."""
+        if not isinstance(self._backend, BlockSource):
+            return None
+        return await self._backend.blocks_after(locator, max_bytes)
+
+    async def give(self, block_hashes: Sequence[bytes], max_bytes: int) -> tuple[bytes, ...] | None:
+        """Blocks that the backend has, on any branch; None if it follows Bitcoin by itself. Raises: BackendError."""
+        if not isinstance(self._backend, BlockSource):
+            return None
+        found: list[bytes] = []
+        for block_hash in block_hashes:
+            raw = await self._backend.block(block_hash)
+            if raw is not None and (not found or sum(map(len, found)) + len(raw) <= max_bytes):
+                found.append(raw)
+        return tuple(found)
+
+    async def take(self, blocks: Sequence[bytes]) -> int:
+        """Hand blocks to the backend; how many it knows now, from the first on. Raises: BackendError."""
+        for number, raw in enumerate(blocks):
+            result = await self._backend.submit_block(raw)
+            if not result.accepted and result.reason not in ("duplicate", STALE_BLOCK):
+                logger.debug("Bitcoin refuses a block of a peer: %s", result.reason)
+                return number
+        self._on_news()
+        return len(blocks)
+
+    def _answer(self, peer_id: str, answer: Wanted | CompletedBlock) -> Wanted:
+        if isinstance(answer, Wanted):
+            return answer
+        block = FoundBlock(
+            block_hash=answer.block_hash,
+            block_height=answer.block_height,
+            value=answer.value,
+            payouts=answer.payouts,
+            transactions=answer.transactions,
+            raw=answer.raw,
+        )
+        self._relayed.add(block.block_hash)
+        self._submitter.submit(block, lambda: self._pass_on(block, peer_id))
+        return Wanted(positions=())
+
+    def _pass_on(self, block: FoundBlock, bearer: str) -> None:
+        assert self.network is not None, "it came from there"
+        reason = self._refused.pop(block.block_hash, None)
+        if reason is None:  # accepted, or not answered yet
+            self.network.blocks.found(block.block_hash, self._relay.announcement(block.raw), bearer=bearer)
+            self._on_news()
+        elif reason == NO_PARENT:
+            self.network.blocks.lacks_blocks_of(bearer)

@@ -1,0 +1,245 @@
+"""Bitcoin blocks between this node and the others: the tasks round ``BlockDesk``.
+
+Theory of operation. A block that was found is announced to every peer, each of which says what it lacks of it. A
+backend that follows Bitcoin by itself needs no more. An embedded one has no network of its own: it gets stretches of
+the chain from any peer whose Bitcoin is ahead, and single blocks that shares build on from whoever has them, since a
+block that lost its race is on nobody's chain.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, Final, Protocol
+
+import trio
+
+from p2pool.errors import BackendError, PeerError
+from p2pool.p2p import BLOCK, Transport
+from p2pool.p2p.wire import (
+    MAX_LOCATOR,
+    MAX_SHARES_SIZE,
+    Announce,
+    Blocks,
+    BlocksAfter,
+    GetBlocks,
+    Message,
+    Refused,
+    Status,
+    Transactions,
+    Wanted,
+    decode_message,
+    encode_message,
+)
+from sharechain.hasher import sha256d
+
+__all__ = ["BLOCK_REQUESTS", "NO_FAULTS", "BlockDesk", "BlockNews"]
+
+logger = logging.getLogger("p2pool.p2p")
+
+#: What peers may ask for.
+BLOCK_REQUESTS: Final = (Announce, Transactions, BlocksAfter, GetBlocks)
+#: How a request can fail without the peer's fault: our line may be as bad as its.
+NO_FAULTS: Final = ("gone", "timeout", "stream", "unreachable")
+#: Seconds that a peer may take for an answer, and for an announcement.
+REQUEST_TIMEOUT_S: Final = 20.0
+ANNOUNCE_TIMEOUT_S: Final = 60.0
+#: Seconds between two looks for Bitcoin blocks that an embedded backend lacks.
+BLOCKS_INTERVAL_S: Final = 0.5
+#: The same for one block that nobody seems to have, at most; how many are looked for; how long a branch is followed.
+MAX_HUNT_S: Final = 60.0
+MAX_HUNTED: Final = 16
+MAX_BRANCH: Final = 10
+
+
+class BlockDesk(Protocol):
+    """What the network asks of the node about Bitcoin blocks."""
+
+    def announced(self, peer_id: str, announce: Announce) -> Wanted:
+        """A peer announces a block: what is lacking of it. Raises: PeerError."""
+
+    def filled(self, peer_id: str, transactions: Transactions) -> Wanted:
+        """A peer sends what was lacking: what still is. Raises: PeerError."""
+
+    def lacking(self, block_hash: bytes, positions: Sequence[int]) -> Iterable[Transactions]:
+        """The transactions of a block that we announced. Raises: PeerError."""
+
+    async def knows(self, block_hash: bytes) -> bool:
+        """Whether the backend has a block."""
+
+    async def locator(self) -> tuple[bytes, ...] | None:
+        """Of the backend's chain; None if the backend follows Bitcoin by itself. Raises: BackendError."""
+
+    async def after(self, locator: Sequence[bytes], max_bytes: int) -> tuple[bytes, ...] | None:
+        """Blocks of the backend's chain; None as above. Raises: BackendError."""
+
+    async def give(self, block_hashes: Sequence[bytes], max_bytes: int) -> tuple[bytes, ...] | None:
+        """Blocks that the backend has, on any branch; None as above. Raises: BackendError."""
+
+    async def take(self, blocks: Sequence[bytes]) -> int:
+        """Hand blocks to the backend. Returns how many it knows now, from the first on. Raises: BackendError."""
+
+
+class BlockNews:
+    """Announces, fetches and serves blocks.
+
+    Mutable fields: ``_no_source`` (peers that give no blocks), ``_lagging`` (peers whose Bitcoin is ahead of ours) and
+    ``_hunted`` (for each block that shares wait for: how often it was asked for, and when next).
+    """
+
+    def __init__(
+        self,
+        desk: Any,
+        transport: Transport,
+        intake: Any,
+        *,
+        clock: Callable[[], float],
+        blame: Callable[..., None],
+        status_of: Callable[[str], Status | None],
+    ) -> None:
+        """The arguments are those of ``Network``, and parts of it."""
+        self._desk = desk
+        self._transport = transport
+        self._intake = intake
+        self._clock = clock
+        self._blame = blame
+        self._status_of = status_of
+        self._no_source: set[str] = set()
+        self._lagging: set[str] = set()
+        self._hunted: dict[bytes, tuple[int, float]] = {}
+        self._announce_in, self._announce_out = trio.open_memory_channel[tuple[bytes, bytes, str]](16)
+
+    def found(self, block_hash: bytes, announce: Announce, *, bearer: str = "") -> None:
+        """A block was found, or completed from a peer's announcement: tell everybody but its bearer."""
+        try:
+            self._announce_in.send_nowait((block_hash, encode_message(announce), bearer))
+        except trio.WouldBlock:
+            logger.warning("block %s is not announced: too many at once", block_hash[::-1].hex())
+
+    def lacks_blocks_of(self, peer_id: str) -> None:
+        """Our Bitcoin misses blocks that a peer's has: fetch them, if our backend has no network of its own."""
+        self._lagging.add(peer_id)
+
+    def closed(self, peer_id: str) -> None:
+        """A peer is gone."""
+        self._no_source.discard(peer_id)
+        self._lagging.discard(peer_id)
+
+    async def run(self) -> None:
+        """Announce and fetch until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._announce, nursery)
+            nursery.start_soon(self._follow_blocks)
+
+    async def answer(self, peer_id: str, message: Any) -> Message:
+        """Answer one of ``BLOCK_REQUESTS``. Raises: PeerError."""
+        desk: BlockDesk = self._desk.blocks
+        if isinstance(message, Announce):
+            return desk.announced(peer_id, message)
+        if isinstance(message, Transactions):
+            return desk.filled(peer_id, message)
+        try:
+            if isinstance(message, GetBlocks):
+                blocks = await desk.give(message.hashes, MAX_SHARES_SIZE)
+            else:
+                blocks = await desk.after(message.locator, MAX_SHARES_SIZE)
+        except BackendError:
+            return Refused(reason="the Bitcoin node does not answer")
+        return Refused(reason="Bitcoin blocks: ask Bitcoin") if blocks is None else Blocks(blocks=blocks)
+
+    async def _announce(self, nursery: trio.Nursery) -> None:
+        async for block_hash, raw, bearer in self._announce_out:
+            for link in self._transport.links:
+                if link.peer_id != bearer:
+                    nursery.start_soon(self._announce_to, link.peer_id, block_hash, raw)
+
+    async def _announce_to(self, peer_id: str, block_hash: bytes, raw: bytes) -> None:
+        request = partial(self._transport.request, peer_id, BLOCK, timeout_s=ANNOUNCE_TIMEOUT_S)
+        try:
+            wanted = decode_message(await request(request=raw), Wanted)
+            for message in self._desk.blocks.lacking(block_hash, wanted.positions) if wanted.positions else ():
+                wanted = decode_message(await request(request=encode_message(message)), Wanted)
+        except PeerError as error:
+            logger.debug("peer %s does not take block %s: %s", peer_id, block_hash[::-1].hex(), error)
+            if error.rule not in NO_FAULTS:
+                self._blame(peer_id=peer_id, ip=None, rule=error.rule, detail=error.message)
+
+    async def _follow_blocks(self) -> None:
+        if await self._desk.blocks.locator() is None:
+            return  # the backend follows Bitcoin by itself
+        while True:
+            for link in self._transport.links:
+                status = self._status_of(link.peer_id)
+                if status is None or link.peer_id in self._no_source or not any(status.block_hash):
+                    continue
+                try:
+                    behind = link.peer_id in self._lagging or not await self._desk.blocks.knows(status.block_hash)
+                    self._lagging.discard(link.peer_id)
+                    if behind:
+                        await self._fetch_blocks(link.peer_id)
+                except BackendError as error:
+                    logger.error("the Bitcoin node does not take blocks of peers: %s", error)
+            try:
+                await self._look_for_blocks()
+            except BackendError as error:
+                logger.error("the Bitcoin node does not take blocks of peers: %s", error)
+            await trio.sleep(BLOCKS_INTERVAL_S)
+
+    async def _look_for_blocks(self) -> None:
+        """Ask for the blocks that waiting shares build on: they may be on a branch that lost."""
+        wanted = dict.fromkeys((*self._desk.chain.missing_blocks(), *self._intake.missing_blocks))
+        self._hunted = {block: hunt for block, hunt in self._hunted.items() if block in wanted}
+        links, now = self._transport.links, self._clock()
+        for block in list(wanted)[:MAX_HUNTED]:
+            tries, due = self._hunted.get(block, (0, now + BLOCKS_INTERVAL_S))
+            if now >= due and links:
+                link = links[tries % len(links)]
+                if link.peer_id not in self._no_source and not await self._desk.blocks.knows(block):
+                    await self._fetch_branch(link.peer_id, block)
+                tries, due = tries + 1, now + min(BLOCKS_INTERVAL_S * 2 ** min(tries, 10), MAX_HUNT_S)
+            self._hunted[block] = (tries, due)
+
+    async def _fetch_branch(self, peer_id: str, block_hash: bytes) -> None:
+        """Fetch one block, and those below it that our Bitcoin does not know."""
+        branch: list[bytes] = []
+        while len(branch) < MAX_BRANCH and not await self._desk.blocks.knows(block_hash):
+            answer = await self._request_blocks(peer_id, GetBlocks(hashes=(block_hash,)))
+            if not answer or sha256d(answer[0][:80]) != block_hash:
+                return
+            branch.append(answer[0])
+            block_hash = answer[0][4:36]
+        await self._desk.blocks.take(branch[::-1])
+        self._intake.poke()
+
+    async def _fetch_blocks(self, peer_id: str) -> None:
+        last: tuple[bytes, ...] = ()
+        while True:
+            locator = await self._desk.blocks.locator()
+            assert locator is not None, "a backend does not change its kind"
+            blocks = await self._request_blocks(peer_id, BlocksAfter(locator=(last + locator)[:MAX_LOCATOR]))
+            if not blocks:
+                return
+            taken = await self._desk.blocks.take(blocks)
+            self._intake.poke()
+            if taken < len(blocks):
+                detail = f"the Bitcoin node refuses block {taken + 1} of {len(blocks)}"
+                self._blame(peer_id=peer_id, ip=None, rule="block", detail=detail)
+                return
+            last = (sha256d(blocks[-1][:80]),)
+
+    async def _request_blocks(self, peer_id: str, request: Message) -> tuple[bytes, ...]:
+        """Blocks that a peer gives; none if it gives none."""
+        try:
+            raw = await self._transport.request(peer_id, BLOCK, encode_message(request), REQUEST_TIMEOUT_S)
+            answer = decode_message(raw, Blocks, Refused)
+        except PeerError as error:
+            logger.debug("peer %s gives no Bitcoin blocks: %s", peer_id, error)
+            if error.rule not in NO_FAULTS:
+                self._blame(peer_id=peer_id, ip=None, rule=error.rule, detail=error.message)
+            return ()
+        if isinstance(answer, Refused):
+            self._no_source.add(peer_id)
+            return ()
+        blocks: tuple[bytes, ...] = answer.blocks
+        return blocks

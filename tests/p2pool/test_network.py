@@ -1,0 +1,732 @@
+"""Whole nodes on a network that loses, doubles, delays, cuts and kills: they agree again, and know whom to blame."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from p2pool.errors import PeerError
+from p2pool.p2p import SYNC
+from p2pool.p2p.peers import PeerLimits
+from p2pool.p2p.sync import ALONE_AFTER_S
+from p2pool.p2p.wire import Status, encode_gossip
+from sharechain.hasher import sha256d
+from sharechain.share import Share, decode_share
+from tests.builders import forged_under, mine, miner_script
+from tests.p2pool.fakebitcoin import FakeBitcoin
+from tests.p2pool.fleet import (
+    TWO_ROUNDS_S,
+    Fleet,
+    Member,
+    Stranger,
+    assert_stored,
+    fleet,
+    make_history,
+    make_lie,
+    now,
+    verified,
+)
+from tests.p2pool.network import ANYBODY_SCRIPT, PARAMS, Rig, is_any_block, pay, solved_block
+from tests.p2pool.simulated import address_of, peer_id_of, simulate
+
+#: A window so short that two of them and the margin, all that a node keeps, are soon mined.
+BRIEF = PARAMS.with_overrides({"name": "brief", "window_max_shares": 10})
+
+
+def run(main: Callable[[Path], Awaitable[None]], *, schedule: int = 0) -> None:
+    """A test in virtual time, with an empty directory."""
+    with tempfile.TemporaryDirectory(prefix="p2pool-test-") as path:
+        simulate(main, Path(path), schedule=schedule)
+
+
+# -- agreement -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_nodes_agree_after_any_trouble(seed: int) -> None:
+    async def main(path: Path) -> None:
+        dice = random.Random(seed)
+        net: dict[str, Any] = {"latency_s": (0.01, 1.0), "loss": 0.3, "duplication": 0.2, "answer_loss": 0.02}
+        async with fleet(path, 4, seed=seed, **net) as nodes:
+            await nodes.ready()
+            down: set[int] = set()
+            for _ in range(40):
+                match dice.randrange(12):
+                    case 0:
+                        nodes.partition(dice.sample(sorted(nodes.members), len(nodes.members) // 2))
+                    case 1 | 2:
+                        nodes.net.heal()
+                    case 3 if len(down) < 2:
+                        number = dice.choice(sorted(nodes.members))
+                        down.add(number)
+                        await nodes.crash(number)
+                    case 4 if down:
+                        number = dice.choice(sorted(down))
+                        down.remove(number)
+                        await nodes.start(number)
+                    case 5 if nodes.is_one_bitcoin() and (ready := nodes.serving()):
+                        nodes.mine(dice.choice(ready), wanted=is_any_block)
+                        await trio.sleep(3)
+                    case _ if ready := nodes.serving():
+                        nodes.mine(dice.choice(ready))
+                await trio.sleep(dice.expovariate(1.0))
+            nodes.net.heal()
+            for number in down:
+                await nodes.start(number)
+            await nodes.ready(180)
+            nodes.net.loss = nodes.net.answer_loss = 0.0
+            await trio.sleep(60)  # the last connections come back
+            for _ in range(2):  # the first may make two branches of the same work
+                nodes.mine(1)
+                await trio.sleep(TWO_ROUNDS_S)
+            assert nodes.is_agreed(), nodes.standing()
+            nodes.assert_agreed()
+            assert nodes.faults() == {}
+
+    run(main, schedule=seed)
+
+
+#: What may happen to three nodes, one thing after the other.
+STEPS = st.one_of(
+    st.tuples(st.just("mine"), st.integers(1, 3)),
+    st.tuples(st.just("mine"), st.integers(1, 3)),
+    st.tuples(st.just("wait"), st.sampled_from([1, 5, 30])),
+    st.tuples(st.just("crash"), st.integers(1, 3)),
+    st.tuples(st.just("start"), st.integers(1, 3)),
+    st.tuples(st.just("cut off"), st.integers(1, 3)),
+    st.tuples(st.just("heal"), st.just(0)),
+    st.tuples(st.just("lose"), st.sampled_from([0, 50, 100])),
+)
+
+
+async def step(nodes: Fleet, what: str, which: int, before: dict[int, set[bytes]]) -> None:
+    """Let something happen, if it can at this moment; ``before`` has the shares of those that are down."""
+    runs = which in nodes.members
+    if what == "mine" and runs and nodes[which].network.is_ready:
+        nodes.mine(which)
+    elif what == "wait":
+        await trio.sleep(which)
+    elif what == "crash" and runs:
+        assert_stored(nodes[which])
+        before[which] = {entry.hash for entry in nodes[which].chain.entries()}
+        await nodes.crash(which)
+    elif what == "start" and which in before:
+        await nodes.start(which)
+        assert before.pop(which) <= {entry.hash for entry in nodes[which].chain.entries()}
+    elif what == "cut off" and runs:
+        nodes.partition((which,))
+    elif what == "heal":
+        nodes.net.heal()
+    elif what == "lose":
+        nodes.net.loss = which / 100
+
+
+@pytest.mark.slow
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 99), steps=st.lists(STEPS, min_size=8, max_size=30))
+def test_nothing_is_lost_and_all_agree_in_the_end(seed: int, steps: list[tuple[str, int]]) -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 3, seed=seed) as nodes:
+            await nodes.ready()
+            before: dict[int, set[bytes]] = {}
+            for what, which in steps:
+                await step(nodes, what, which, before)
+                await trio.sleep(0.3)
+            nodes.net.heal()
+            nodes.net.loss = 0.0
+            for number in list(before):
+                await step(nodes, "start", number, before)
+            await nodes.ready(120)
+            await nodes.until(lambda: all(len(member.linked()) == 2 for member in nodes.members.values()), 120)
+            await trio.sleep(TWO_ROUNDS_S)
+            last = nodes.mine(1)  # ends a tie
+            await nodes.settle(TWO_ROUNDS_S)
+            assert nodes[2].tip == last.hash
+            nodes.assert_agreed()
+            assert nodes.faults() == {}
+
+    run(main, schedule=seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", [0.3, 1.0])
+def test_what_gossip_loses_is_there_two_rounds_later(loss: float) -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 4, seed=7, loss=loss) as nodes:
+            await nodes.ready()
+            await nodes.mine_for(25, (1, 2, 3, 4))
+            await trio.sleep(TWO_ROUNDS_S)  # they agree but for branches of the same work
+            last = nodes.mine(2)
+            await nodes.settle(TWO_ROUNDS_S)
+            assert nodes[1].tip == last.hash
+            nodes.assert_agreed()
+            assert nodes.faults() == {}
+
+    run(main)
+
+
+@pytest.mark.slow
+def test_nodes_agree_when_a_branch_builds_on_a_bitcoin_block_that_lost() -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 3, seed=4) as nodes:
+            await nodes.ready()
+            nodes.partition((1,), (2, 3))
+            nodes.mine(1, wanted=is_any_block)
+            await trio.sleep(1)
+            await nodes.mine_for(6, (1,))
+            for _ in range(2):
+                nodes.mine(2, wanted=is_any_block)
+                await trio.sleep(1)
+            nodes.net.heal()
+            await nodes.settle()
+            nodes.assert_agreed()
+
+    run(main)
+
+
+# -- partitions ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shares", [10, 60, 110])
+def test_a_partition_heals_to_the_heavier_side(shares: int) -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 4, seed=shares) as nodes:
+            await nodes.ready()
+            await nodes.mine_for(5, (1, 2, 3, 4))
+            await nodes.settle()
+            nodes.partition((1, 2), (3, 4))
+            await nodes.mine_for(shares, (1, 3), pause_s=0.5)
+            for _ in range(2):
+                nodes.mine(1)
+                await trio.sleep(1)
+            heavier = nodes[1].tip
+            assert nodes[2].tip == heavier != nodes[3].tip == nodes[4].tip
+            nodes.net.heal()
+            winners = {peer_id_of(1), peer_id_of(2)}
+            await nodes.until(lambda: nodes[3].linked() & winners and nodes[4].linked() & winners, 60)
+            await nodes.settle(TWO_ROUNDS_S)
+            assert nodes[1].tip == heavier
+            nodes.assert_agreed()
+            assert nodes.faults() == {}
+
+    run(main)
+
+
+def test_the_fresh_share_of_the_losing_side_is_named_as_an_uncle() -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 3, seed=3, loss=1.0) as nodes:
+            await nodes.ready()
+            nodes.mine(1)
+            await nodes.settle(TWO_ROUNDS_S)
+            uncle = nodes.mine(2)
+            nodes.mine(1)
+            nodes.mine(1)
+            await nodes.settle(TWO_ROUNDS_S)
+            await nodes.until(lambda: uncle.hash in nodes[1].chain, TWO_ROUNDS_S)
+            nephew = nodes.mine(1)
+            assert nephew.data.uncles == (uncle.hash,)
+            await nodes.settle(TWO_ROUNDS_S)
+            nodes.assert_agreed()
+
+    run(main)
+
+
+@pytest.mark.slow
+def test_a_partition_longer_than_history_heals_by_going_over_to_the_heavier_history() -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 3, seed=9, params=BRIEF) as nodes:
+            await nodes.ready()
+            await nodes.mine_for(3, (1, 2, 3))
+            await nodes.settle()
+            nodes.partition((1, 2), (3,))
+            for turn in range(560):
+                nodes.mine(1)
+                if turn < 545:
+                    nodes.mine(3)
+                await trio.sleep(0.2)
+            heavier = nodes[1].tip
+            assert nodes[3].chain.base_height > 3
+            assert nodes[1].chain.base_height > 3
+            nodes.net.heal()
+            await nodes.until(lambda: nodes[3].linked() & {peer_id_of(1), peer_id_of(2)}, 60)
+            await nodes.settle(3 * TWO_ROUNDS_S)
+            assert nodes[3].tip == heavier
+            nodes.assert_agreed()
+            assert nodes.faults() == {}
+            report = verified(nodes[3])
+            assert report.shares == len(nodes[3].chain)
+            await nodes.crash(3)
+            await nodes.start(3)
+            await nodes.ready()
+            nodes.mine(3)
+            await nodes.settle()
+            nodes.assert_agreed()
+
+    run(main)
+
+
+# -- newcomers -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def history(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What nodes have of a network that has run for long: the lowest shares are pruned."""
+    return make_history(tmp_path_factory.mktemp("history"), BRIEF, 700)
+
+
+@pytest.fixture(scope="module")
+def lie(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A history that was mined cheaply, and claims the most work of all."""
+    return make_lie(tmp_path_factory.mktemp("lie"), BRIEF, 100)
+
+
+@pytest.mark.slow
+def test_a_newcomer_gets_the_history_of_a_pruned_network(history: Path) -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 3, seed=1, params=BRIEF, data=history) as nodes:
+            await nodes.ready()
+            assert nodes[1].chain.base_height > 100
+            fresh = await nodes.start(4, calls=(1, 2, 3))
+            rig = Rig(fresh.node)
+            assert rig.node.notify_for(rig.worker) is None
+            await nodes.until(lambda: fresh.network.is_ready, 30)
+            assert rig.node.notify_for(rig.worker) is not None
+            assert fresh.tip == nodes[1].tip
+            nodes.assert_agreed()
+            assert fresh.chain.base_height > nodes[1].chain.base_height
+            nodes.mine(4)
+            await nodes.settle(TWO_ROUNDS_S)
+            nodes.assert_agreed()
+            assert nodes.faults() == {}
+            assert verified(fresh).shares == len(fresh.chain)
+
+    run(main)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after_s", [0.5, 0.9, 1.3, 1.7])
+def test_a_newcomer_goes_on_when_who_led_it_crashes(history: Path, after_s: float) -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 3, seed=2, params=BRIEF, data=history) as nodes:
+            await nodes.ready()
+            fresh = await nodes.start(4, calls=(1, 2, 3))
+            await nodes.until(lambda: fresh.network.sync.download is not None, 10)
+            await trio.sleep(after_s - 0.5)
+            download = fresh.network.sync.download
+            lead = "" if download is None else download.lead
+            await nodes.crash(next((n for n in (1, 2, 3) if peer_id_of(n) == lead), 1))
+            await nodes.until(lambda: fresh.network.is_ready, 60)
+            nodes.assert_agreed()
+            assert nodes.faults() == {}
+
+    run(main)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after_s", [0.6, 1.0, 1.5])
+def test_a_newcomer_that_crashes_goes_on_where_it_was(history: Path, after_s: float) -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 2, seed=3, params=BRIEF, data=history) as nodes:
+            await nodes.ready()
+            await nodes.start(3, calls=(1, 2))
+            await trio.sleep(after_s)
+            await nodes.crash(3)
+            fresh = await nodes.start(3)
+            await nodes.until(lambda: fresh.network.is_ready, 60)
+            nodes.assert_agreed()
+            assert nodes.faults() == {}
+
+    run(main)
+
+
+@pytest.mark.slow
+def test_a_liar_that_claims_work_is_banned_and_holds_nobody_up(history: Path) -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 2, seed=4, params=BRIEF, data=history) as nodes:
+            await nodes.ready()
+            liar = await nodes.add(Stranger(nodes.net, 9))
+            liar.serves(nodes[1].node)
+            liar.claims(tip=b"\xaa" * 32, height=10_000, total_work=2**200)
+            fresh = await nodes.start(3, calls=(1, 2, 9))
+            await nodes.until(lambda: fresh.network.is_ready, 60)
+            nodes.assert_agreed()
+            await nodes.until(lambda: peer_id_of(9) in banned(fresh), 120)
+            assert all(set(faults) == {"unkept"} for faults in nodes.faults().values())
+            assert fresh.linked() == {peer_id_of(1), peer_id_of(2)}
+            await nodes.until(lambda: fresh.transport.peer_id in liar.lost, 10)
+
+    run(main)
+
+
+@pytest.mark.slow
+def test_a_liar_that_tells_nothing_more_holds_nobody_up(history: Path) -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 2, seed=4, params=BRIEF, data=history) as nodes:
+            await nodes.ready()
+            liar = await nodes.add(Stranger(nodes.net, 9))
+            liar.claims(tip=b"\xaa" * 32, height=10_000, total_work=2**200)
+            fresh = await nodes.start(3, calls=(1, 2, 9))
+            await nodes.until(lambda: fresh.tip == nodes[1].tip, 60)
+            nodes.mine(1)
+            await nodes.settle(TWO_ROUNDS_S)
+            nodes.assert_agreed()
+
+    run(main)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("leads", [True, False])
+def test_forged_bodies_under_real_headers_are_their_givers_fault(history: Path, leads: bool) -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 2, seed=5, params=BRIEF, data=history) as nodes:
+            await nodes.ready()
+            liar = await nodes.add(Stranger(nodes.net, 9))
+            liar.serves(nodes[1].node, forged)
+            tip = nodes[1].chain.tip
+            assert tip is not None
+            liar.claims(tip=tip.hash, height=tip.height, total_work=tip.total_work + leads)
+            if leads:
+                nodes.partition((1, 2))
+            fresh = await nodes.start(3, calls=(1, 2, 9))
+            if leads:
+                await nodes.until(lambda: nodes.faults() == {3: {"R10": 1}}, 30)
+                assert fresh.tip == b""  # nothing of it is kept
+                nodes.net.heal()
+            await nodes.until(lambda: fresh.network.is_ready, 120)
+            await nodes.settle()
+            nodes.assert_agreed()
+            assert fresh.linked() >= {peer_id_of(1), peer_id_of(2)}
+            assert set(nodes.faults()) <= {3}
+            assert banned(fresh) <= {peer_id_of(9)}
+
+    run(main)
+
+
+@pytest.mark.slow
+def test_a_history_that_claims_to_stand_on_much_work_is_left_for_one_that_proves_it(history: Path, lie: Path) -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 0, seed=6, params=BRIEF) as nodes:
+            await nodes.start(1, data=lie)
+            fresh = await nodes.start(3, calls=(1,))
+            await nodes.until(lambda: fresh.tip == nodes[1].tip, 60)
+            assert fresh.chain.tip is not None
+            assert fresh.chain.tip.total_work > 2**200
+            await nodes.start(2, calls=(3,), data=history)
+            await nodes.until(lambda: fresh.tip == nodes[2].tip, 120)
+            assert_stored(fresh)
+            assert verified(fresh).shares == len(fresh.chain)
+
+    run(main)
+
+
+@pytest.mark.slow
+def test_a_newcomer_between_a_liar_and_an_honest_node_serves_no_miner_on_the_lie(history: Path, lie: Path) -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 0, seed=6, params=BRIEF) as nodes:
+            await nodes.start(1, data=lie)
+            await nodes.start(2, data=history)
+            fresh = await nodes.start(3, calls=(1, 2))
+            await nodes.until(lambda: fresh.network.is_ready, 120)
+            assert fresh.tip == nodes[2].tip
+
+    run(main)
+
+
+def banned(member: Member) -> set[str]:
+    """Peer ids that a node bans."""
+    return {row["peer_id"] for row in member.network.statistics().peers if row["state"] == "banned"}
+
+
+def forged(raw: bytes) -> bytes:
+    """Another body under the same header."""
+    return forged_under(decode_share(raw), payout_script=miner_script(77)).encoded
+
+
+# -- readiness -----------------------------------------------------------------------------------------------
+
+
+def serves(member: Member) -> bool:
+    """Whether a miner gets work."""
+    rig = Rig(member.node)
+    return rig.node.notify_for(rig.worker) is not None
+
+
+def test_a_node_with_nobody_to_call_serves_at_once() -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 1) as nodes:
+            assert serves(nodes[1])
+
+    run(main)
+
+
+def test_a_node_whose_peers_are_not_there_serves_after_a_while() -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 1, calls=(1, 2)) as nodes:
+            await trio.sleep(ALONE_AFTER_S - 1)
+            assert not serves(nodes[1])
+            await trio.sleep(2)
+            assert serves(nodes[1])
+
+    run(main)
+
+
+@pytest.mark.slow
+def test_a_node_whose_peers_say_nothing_serves_after_a_while() -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 0) as nodes:
+            await nodes.add(Stranger(nodes.net, 9))
+            alone = await nodes.start(1, calls=(9,))
+            await trio.sleep(ALONE_AFTER_S - 1)
+            assert not serves(alone)
+            await nodes.until(lambda: serves(alone), 3)
+
+    run(main)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("clean", [True, False])
+def test_a_network_that_stood_still_for_a_day_goes_on(clean: bool) -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 3, seed=8) as nodes:
+            await nodes.ready()
+            await nodes.mine_for(12, (1, 2, 3))
+            for number in (1, 2, 3):
+                await (nodes.stop(number) if clean else nodes.crash(number))
+            await trio.sleep(86_400)
+            for number in (1, 2, 3):
+                await nodes.start(number)
+            await nodes.ready()
+            await nodes.mine_for(5, (3, 2, 1))
+            await trio.sleep(TWO_ROUNDS_S)
+            nodes.mine(2)
+            await nodes.settle(TWO_ROUNDS_S)
+            nodes.assert_agreed()
+            assert nodes[1].height > 12
+            assert nodes.faults() == {}
+
+    run(main)
+
+
+# -- Bitcoin blocks ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after_s", [0.0, 0.25])
+def test_a_block_reaches_every_bitcoin_though_its_finder_dies(after_s: float) -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 4, seed=11, calls=(2,)) as nodes:
+            await nodes.ready()
+            await nodes.until(lambda: len(nodes[2].linked()) == 3, 10)
+            block = nodes.mine(1, wanted=is_any_block)
+            await trio.sleep(0.05 + after_s)  # it is on its way
+            await nodes.crash(1)
+            await nodes.until(
+                lambda: all(one.node.bitcoin_tip()[0] == block.hash for one in nodes.members.values()), 10
+            )
+            assert nodes.faults() == {}
+
+    run(main)
+
+
+@pytest.mark.slow
+def test_a_fresh_bitcoin_catches_up_and_shares_that_build_on_it_are_judged() -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 2, seed=12) as nodes:
+            await nodes.ready()
+            for turn in range(30):
+                nodes.mine(1 + turn % 2, wanted=is_any_block)
+                await trio.sleep(1)
+            assert nodes[1].node.bitcoin_tip()[1] >= 20
+            fresh = await nodes.start(3, calls=(1, 2))
+            await nodes.until(lambda: fresh.network.is_ready, 60)
+            await nodes.until(lambda: fresh.node.bitcoin_tip() == nodes[1].node.bitcoin_tip(), 10)
+            nodes.mine(3, wanted=is_any_block)
+            await nodes.settle(TWO_ROUNDS_S)
+            nodes.assert_agreed()
+            assert nodes.faults() == {}
+
+    run(main)
+
+
+@pytest.mark.slow
+def test_a_share_on_an_unknown_bitcoin_block_waits_for_it() -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 2, seed=13) as nodes:
+            await nodes.ready()
+            nodes.mine(1)
+            await nodes.settle(TWO_ROUNDS_S)
+            raw = await stranger_block(nodes[1])
+            await nodes[1].backend.submit_block(raw)  # only this one hears of it
+            await trio.sleep(0.01)
+            share = nodes.mine(1)
+            assert share.previous_block_hash == sha256d(raw[:80])
+            await nodes.until(lambda: nodes[2].chain.statistics().waiting, 1)
+            assert nodes[2].tip != share.hash
+            await nodes[2].backend.submit_block(raw)
+            await nodes.until(lambda: nodes[2].tip == share.hash, 1)
+            nodes.assert_agreed()
+            assert nodes.faults() == {}
+
+    run(main)
+
+
+async def stranger_block(member: Member) -> bytes:
+    """A block on a node's Bitcoin, found by somebody else."""
+    template = await member.backend.block_template()
+    return solved_block(template, pay(template, ANYBODY_SCRIPT))
+
+
+# -- whose fault it is ---------------------------------------------------------------------------------------
+
+
+async def quiet_stranger(nodes: Fleet, number: int) -> Stranger:
+    """A peer that has no share."""
+    stranger = await nodes.add(Stranger(nodes.net, number))
+    stranger.claims(tip=bytes(32), height=0, total_work=0)
+    return stranger
+
+
+def invalid(member: Member, *, salt: int = 0) -> Share:
+    """A share with its work done that lies about its height, which only the chain tells."""
+    chain = member.chain
+    assert chain.tip is not None
+    data: dict[str, object] = {"height": chain.tip.height + 9}
+    return mine(chain, chain.tip, block=FakeBitcoin.GENESIS, time=int(now()), salt=salt, data=data)
+
+
+@pytest.mark.slow
+def test_who_relays_what_it_cannot_check_is_not_blamed() -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 0, seed=14) as nodes:
+            author = await quiet_stranger(nodes, 9)
+            relay = await nodes.start(1, calls=(9, 2))
+            judge = await nodes.start(2, calls=(1,), limits=PeerLimits(max_outbound=0))  # does not meet the author
+            await nodes.ready()
+            nodes.mine(2)
+            await nodes.settle(TWO_ROUNDS_S)
+            await nodes.until(lambda: len(relay.linked()) == 2, 10)
+            for salt in range(3):
+                nodes.net.loss = 1.0
+                parent = nodes.mine(2)
+                await trio.sleep(0.2)
+                nodes.net.loss = 0.0
+                assert parent.hash not in relay.chain
+                share = invalid(judge, salt=salt)
+                await author.transport.publish(encode_gossip([share.encoded]))
+                await trio.sleep(0.5)
+                assert judge.network.statistics().gossip["invalid"] == salt + 1
+                await nodes.settle(TWO_ROUNDS_S)
+            assert relay.transport.peer_id in judge.linked()
+            assert nodes.faults() == {}
+            assert relay.linked() == {peer_id_of(2), peer_id_of(9)}
+
+    run(main)
+
+
+@pytest.mark.slow
+def test_the_author_of_invalid_shares_is_banned_by_name_and_rule(caplog: pytest.LogCaptureFixture) -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 0, seed=15) as nodes:
+            author = await quiet_stranger(nodes, 9)
+            node = await nodes.start(1, calls=(9,))
+            await nodes.ready()
+            nodes.mine(1)
+            for salt in range(2):
+                assert node.linked() == {peer_id_of(9)}
+                await author.transport.publish(encode_gossip([invalid(node, salt=salt).encoded]))
+                await trio.sleep(0.5)
+            assert node.linked() == set()
+            assert banned(node) == {peer_id_of(9)}
+            assert nodes.faults() == {1: {"R5": 2}}
+            assert node.network.statistics().gossip == {"invalid": 2}
+            await trio.sleep(120)
+            assert node.linked() == set()
+
+    run(main)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any(peer_id_of(9) in line and "R5" in line and "banned" in line for line in said), said
+
+
+def no_work(share: Share) -> bytes:
+    """The share with a nonce that is no work."""
+    nonce = 0
+    while True:
+        raw = replace(share, header=share.header[:76] + nonce.to_bytes(4, "little"))
+        if int.from_bytes(raw.hash, "little") >> 250:
+            return raw.encoded
+        nonce += 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rule", "times"), [("R3", 1), ("R1", 1), ("message", 2)], ids=["no proof of work", "no share", "no message"]
+)
+def test_who_brings_what_everybody_can_check_is_banned(rule: str, times: int) -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 0, seed=16) as nodes:
+            bearer = await quiet_stranger(nodes, 9)
+            node = await nodes.start(1, calls=(9,))
+            await nodes.ready()
+            nodes.mine(1)
+            payloads = {
+                "R3": encode_gossip([no_work(invalid(node))]),
+                "R1": encode_gossip([b"no share"]),
+                "message": b"garbage",
+            }
+            for number in range(times):
+                assert node.linked() == {peer_id_of(9)}
+                await bearer.transport.publish(payloads[rule] + bytes(number))
+                await trio.sleep(0.5)
+            assert nodes.faults() == {1: {rule: times}}
+            assert banned(node) == {peer_id_of(9)}
+            assert node.linked() == set()
+
+    run(main)
+
+
+@pytest.mark.slow
+def test_a_garbled_request_and_a_garbled_answer_are_their_senders_fault() -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 0, seed=17) as nodes:
+            peer = await quiet_stranger(nodes, 9)
+            node = await nodes.start(1, calls=(9,))
+            await nodes.ready()
+            with pytest.raises(PeerError):
+                await peer.transport.request(node.transport.peer_id, SYNC, b"garbage", 5)
+            assert nodes.faults() == {1: {"message": 1}}
+            peer.answers[Status] = lambda _: b"garbage"
+            await nodes.until(lambda: not node.linked(), 10)
+            assert set(nodes.faults()[1]) == {"message"}
+            assert banned(node) == {peer_id_of(9)}
+
+    run(main)
+
+
+@pytest.mark.slow
+def test_a_ban_of_an_address_ends_all_its_connections() -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 0, seed=18) as nodes:
+            one = await nodes.add(Stranger(nodes.net, 8, ip="8.8.8.8", port=1))
+            two = await nodes.add(Stranger(nodes.net, 9, ip="8.8.8.8", port=2))
+            for stranger in (one, two):
+                stranger.claims(tip=bytes(32), height=0, total_work=0)
+            node = await nodes.start(1)
+            for stranger in (one, two):
+                await stranger.transport.connect(address_of(1))
+            for number in range(3):
+                await one.transport.publish(b"garbage" + bytes(number))
+                await trio.sleep(0.5)
+            await nodes.until(lambda: not node.linked(), 5)
+
+    run(main)
