@@ -54,22 +54,27 @@ PATIENCE_S: Final = 600.0
 
 
 def bench_sync(quick: bool) -> Iterator[Row]:
-    """Fresh syncs of chains of two lengths."""
+    """Fresh syncs of whole chains, and of one whose beginning everybody has forgotten."""
     yield from _bench_stream()
-    for shares in (1_000,) if quick else (8_640, 60_480):
-        yield from _bench_fresh(shares)
+    if quick:
+        yield from _bench_fresh(1_000, 8_640)
+        return
+    yield from _bench_fresh(8_640, 8_640)
+    yield from _bench_fresh(60_480, 60_480)
+    yield from _bench_fresh(20_000, 8_640)
 
 
-def _bench_fresh(count: int) -> Iterator[Row]:
-    params, case = window_params(8_640), f"{count} shares"
+def _bench_fresh(count: int, window: int) -> Iterator[Row]:
+    params = window_params(window)
     with tempfile.TemporaryDirectory(prefix="p2pool-bench-") as scratch:
         source = Path(scratch) / "source"
         size = _fill(source, params, count)
         with _serving("node", str(source), params.encoded.hex()) as address:
-            seconds = trio.run(_sync, Path(scratch) / "fresh", params, address, count)
+            seconds, held = trio.run(_sync, Path(scratch) / "fresh", params, address, count)
+    case = f"{held} of {count} shares, window {window}"
     yield make_row(case, "fresh sync", seconds, "s")
-    yield make_row(case, "fresh sync", count / seconds, "shares/s")
-    yield make_row(case, "fresh sync", size / seconds / 1e6, "MB/s")
+    yield make_row(case, "fresh sync", held / seconds, "shares/s")
+    yield make_row(case, "fresh sync", size * held / count / seconds / 1e6, "MB/s")
 
 
 def _bench_stream() -> Iterator[Row]:
@@ -102,7 +107,8 @@ def _shares(chain: Any, count: int) -> Iterator[Share]:
         yield mine_share(chain, scripts[miner])
 
 
-async def _sync(path: Path, params: Params, address: str, count: int) -> float:
+async def _sync(path: Path, params: Params, address: str, count: int) -> tuple[float, int]:
+    """Seconds until a fresh node has the tip, and how many shares it then holds."""
     directory = DataDirectory(path, params)
     try:
         async with trio.open_nursery() as nursery:
@@ -113,10 +119,11 @@ async def _sync(path: Path, params: Params, address: str, count: int) -> float:
                 while node.chain.tip is None or node.chain.tip.height < count - 1:  # noqa: ASYNC110 - a look now and then
                     await trio.sleep(0.01)
             seconds = time.perf_counter() - started
+            held = len(node.chain)
             nursery.cancel_scope.cancel()
     finally:
         directory.close()
-    return seconds
+    return seconds, held
 
 
 def _node(directory: DataDirectory, params: Params, peers: Sequence[str]) -> Node:

@@ -405,7 +405,7 @@ class Node:
             self._renew_due_work()
 
     def _renew_work(self, *, clean: bool) -> None:
-        if self._template is None:
+        if self._template is None or (self.network is not None and not self.network.is_ready):
             return
         self._book.renew(next_work(self.chain, self._template, self._clock()))
         self._notifies.clear()

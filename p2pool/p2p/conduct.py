@@ -33,6 +33,7 @@ RULES: Final[dict[str, float]] = {
     "pubsub": 50,  # a message of the topic that no honest library writes
     "unasked": 25,  # an answer to something else
     "block": 50,  # a block without its proof of work
+    "claim": 100,  # of a share that we have: no honest node can say of it what it does not say itself
     "unkept": 20,  # its chain did not lead to the tip that it claimed; after a reorg that may be so
     "future": 10,  # its own share, from a clock that is wrong
     "flood": 2,  # each message beyond the budget

@@ -155,6 +155,9 @@ class Limits:
     unread_bytes: int = 4 * 1024 * 1024
     frames_per_s: float = 4_000.0
     frames_burst: int = 40_000
+    #: Pings of a connection per second (and in a burst): each is answered, and a library sends one in 20 s or so.
+    pings_per_s: float = 1.0
+    pings_burst: int = 30
     #: One RPC of pubsub: bytes; messages; subscriptions; control entries; ids in IHAVE or IWANT that are looked at.
     rpc_bytes: int = 1024 * 1024
     rpc_messages: int = 64
@@ -574,6 +577,7 @@ class _Frames(ISecureConn):
         self._body = 0
         self._frames = _Bucket(guard.limits.frames_per_s, guard.limits.frames_burst)
         self._streams = _Bucket(guard.limits.streams_per_s, guard.limits.streams_burst)
+        self._pings = _Bucket(guard.limits.pings_per_s, guard.limits.pings_burst)
         self.is_initiator = session.is_initiator
 
     async def read(self, n: int | None = None) -> bytes:
@@ -594,6 +598,8 @@ class _Frames(ISecureConn):
             raise PeerError("yamux", f"frame of version {frame_version}, type {kind}")
         if not self._frames.take():
             raise PeerError("yamux", f"more than {self._limits.frames_per_s:.0f} frames a second")
+        if kind == yamux.TYPE_PING and flags & yamux.FLAG_SYN and not self._pings.take():
+            raise PeerError("yamux", f"more than {self._limits.pings_per_s:.0f} pings a second")
         if kind not in (yamux.TYPE_DATA, yamux.TYPE_WINDOW_UPDATE):
             return
         muxer = self._muxer

@@ -383,7 +383,8 @@ class Libp2pTransport:
         try:
             stream = await self._hardened.new_stream(peer.link.peer_id, protocol)
         except PeerError as error:
-            raise PeerError("stream", error.message) from error.__cause__
+            is_there = any(not conn.is_closed and not conn.muxed_conn.is_closed for conn in peer.conns)
+            raise PeerError("stream" if is_there else "gone", error.message) from error.__cause__
         return FrameStream(stream, peer.link.peer_id)
 
     async def _end(self, frames: FrameStream, *, gracefully: bool = False) -> None:

@@ -65,6 +65,8 @@ PEERS_INTERVAL_S: Final = 300.0
 SAVE_INTERVAL_S: Final = 30.0
 #: Seconds between two lines about the progress of a sync.
 PROGRESS_INTERVAL_S: Final = 5.0
+#: Shares read and hashed for an answer between two looks at what else is to be done.
+LOCATED_SLICE: Final = 64
 #: Own shares that wait for the transport.
 MAX_PUBLISH: Final = 64
 #: What dear requests cost besides the one that each costs: a block announced without one behind it takes 50 ms.
@@ -339,8 +341,7 @@ class Network:
                 return self._status()
             case Locate():
                 hashes = self._desk.chain.after_locator(message.locator, MAX_LOCATED)
-                encoded = [raw for share_hash in hashes if (raw := self._desk.encoded(share_hash)) is not None]
-                return Located(hashes=hashes, identities=tuple(share_id(raw) for raw in encoded))
+                return await self._located(hashes)
             case GetShares():
                 return Shares(shares=tuple(self._shares(message.hashes)))
             case GetPeers():
@@ -348,6 +349,17 @@ class Network:
                 return Peers(addresses=self._book.offer(ip, self._choose))
             case _:
                 return await self.blocks.answer(peer_id, message)
+
+    async def _located(self, hashes: Sequence[bytes]) -> Located:
+        identities: list[bytes] = []
+        for number, share_hash in enumerate(hashes):
+            if number % LOCATED_SLICE == LOCATED_SLICE - 1:
+                await trio.lowlevel.checkpoint()
+            raw = self._desk.encoded(share_hash)
+            if raw is None:  # pruned or left behind by a reorg while we looked
+                break
+            identities.append(share_id(raw))
+        return Located(hashes=tuple(hashes[: len(identities)]), identities=tuple(identities))
 
     def _shares(self, hashes: Sequence[bytes]) -> Iterator[bytes | None]:
         size = 0
@@ -374,6 +386,11 @@ class Network:
 
     def _hear_status(self, peer_id: str, status: Status) -> None:
         now = self._clock()
+        known = self._desk.chain.entry(status.tip)
+        if known is not None and (known.height, known.total_work) != (status.height, status.total_work):
+            detail = f"says that share {status.tip[::-1].hex()} has another height or total work than it says itself"
+            self.blame(peer_id=peer_id, ip=None, rule="claim", detail=detail)
+            return
         if status.listen_port:
             self._book.listens(peer_id, status.listen_port, now)
         self.sync.told(peer_id, status, now)

@@ -55,6 +55,8 @@ FOREIGN_TURN_S: Final = 1_800.0
 SLOW_S: Final = 3.0
 #: Requests for a peer's tip by its hash, after which it should tell its chain.
 MAX_TIP_TRIES: Final = 2
+#: Downloads in a row that end because their lead has no more what it listed, before that is held against it.
+MAX_EXCUSES: Final = 2
 #: Hashes that one download may list: two of the longest windows, a margin, and 3 uncles for each share.
 MAX_LISTED: Final = 500_000
 #: Seconds for which a peer's tips stay unknown here until its chain is looked at, whatever work it claims: what our own
@@ -102,8 +104,9 @@ class Download:
     """One chain that is being fetched.
 
     Mutable fields: ``batches`` (what is not handed on yet, in order), ``listed`` (all that the lead listed and our
-    chain does not have), ``last`` (the highest hash listed), ``complete`` (the lead has no more hashes), ``is_finished``, ``newest``
-    (the last hash handed on, until it is seen in the chain), and the counters of its progress.
+    chain does not have), ``last`` (the highest hash listed), ``complete`` (the lead has no more hashes),
+    ``is_finished``, ``newest`` (the last hash handed on, until it is seen in the chain), and the counters of its
+    progress.
     Invariant: no hash is listed twice, so that it ends.
     """
 
@@ -319,7 +322,9 @@ class Sync:
         known = [share for share in shares if share is not None]
         if len(known) < len(shares) or not known:
             batch.without.add(ask.peer)
-            if ask.peer == ask.download.lead:  # it listed what it has no more: a reorg or its pruning
+            if ask.peer == ask.download.lead:  # it listed what it has no more: a reorg or its pruning, once or twice
+                if self._peers[ask.peer].vain >= MAX_EXCUSES:
+                    self.unkept.append(ask.peer)
                 self._drop_download(now)
             return []
         if any(share_id(raw) != identity for raw, identity in zip(known, batch.identities, strict=False)):

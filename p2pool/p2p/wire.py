@@ -52,7 +52,7 @@ MAX_GOSSIP_SHARES: Final = 4
 #: Hashes in a locator: 10 and one for each doubling reach further than any history.
 MAX_LOCATOR: Final = 64
 #: Hashes in one answer to a locator.
-MAX_LOCATED: Final = 2_000
+MAX_LOCATED: Final = 1_000
 #: Shares in one request.
 MAX_SHARES: Final = 500
 #: Bytes of shares, or blocks, in one answer: what does not fit is asked again. The first always fits.

@@ -32,6 +32,7 @@ from p2pool.p2p.network import Network, NetworkDesk
 from p2pool.p2p.peers import PeerBook, PeerLimits
 from p2pool.p2p.sync import STATUS_INTERVAL_S
 from p2pool.p2p.wire import (
+    MAX_LOCATED,
     Announce,
     BlocksAfter,
     GetPeers,
@@ -458,7 +459,7 @@ class Stranger:
             return Shares(shares=tuple(None if raw is None else change(raw) for raw in known))
 
         def located(request: Locate) -> Located:
-            hashes = chain.after_locator(request.locator, 2_000)
+            hashes = chain.after_locator(request.locator, MAX_LOCATED)
             bodies = [raw for share_hash in hashes if (raw := node.encoded(share_hash)) is not None]
             return Located(hashes=hashes, identities=tuple(share_id(change(raw)) for raw in bodies))
 

@@ -292,7 +292,7 @@ def test_listening_everywhere_names_each_interface() -> None:
 
 
 def test_a_host_to_listen_on_is_an_ip_address() -> None:
-    with pytest.raises(ConfigError, match=r"IP address such as 0\.0\.0\.0, got 'localhost'"):
+    with pytest.raises(ConfigError, match=r"--p2p-host: an IP address such as 0\.0\.0\.0 is needed, got 'localhost'"):
         WORLD.transport(1, listen_host="localhost")
 
 

@@ -678,7 +678,7 @@ def test_a_claim_that_is_not_kept_is_told() -> None:
 def test_a_lead_whose_tip_is_listed_but_must_wait_has_kept_its_claim() -> None:
     chain = chain_of(history())
     early = mine(chain, chain.tip, time=int(START) + 3_000)
-    assert isinstance(new_chain().accept(early, START), Early)
+    assert isinstance(chain_of(history()).accept(early, START), Early)
     keep([early])
     chain.accept(early, START + 4_000)
     world = World({"peer": Remote(chain)})
