@@ -450,7 +450,7 @@ class _Rations:
     """How many handshakes may begin.
 
     Stock: any number, so that one machine that calls with ever new ids takes a whole core.
-    Shown by ``test_handshakes_are_rationed_...``.
+    Shown by ``test_handshakes_are_rationed_and_who_is_connected_is_served``.
 
     Mutable: `_all`, and `_by_ip`, the latest callers last.
     """
