@@ -59,8 +59,8 @@ class FoundBlock:
 class BlockSubmitter:
     """Submits blocks to one backend.
 
-    Mutable fields: ``_found`` (hashes handed over), the channel between ``submit`` and ``run``, ``_stopped`` and the
-    scopes of the submissions that are under way.
+    Mutable fields: ``_found`` (hashes handed over), ``_others`` (those of other nodes' blocks), the channel between
+    ``submit`` and ``run``, ``_stopped`` and the scopes of the submissions that are under way.
     """
 
     def __init__(
@@ -81,19 +81,27 @@ class BlockSubmitter:
         self._directory = directory
         self._on_answer = on_answer
         self._found: set[bytes] = set()
+        self._others: set[bytes] = set()
         self._in, self._out = trio.open_memory_channel[tuple[FoundBlock, Callable[[], None]]](math.inf)
         self._stopped = trio.Event()
         self._scopes: set[trio.CancelScope] = set()
 
-    def submit(self, block: FoundBlock, then: Callable[[], None]) -> None:
+    def __contains__(self, block_hash: bytes) -> bool:
+        """Whether a block was handed over before."""
+        return block_hash in self._found
+
+    def submit(self, block: FoundBlock, then: Callable[[], None], *, is_ours: bool = True) -> None:
         """Hand over a block; one that was handed over before is ignored.
 
         Args:
             block: the block.
             then: called after the submission: puts the block's share into the chain.
+            is_ours: found here, so that it is kept on disk until it is answered. Others keep theirs.
         """
         if block.block_hash not in self._found:
             self._found.add(block.block_hash)
+            if not is_ours:
+                self._others.add(block.block_hash)
             self._in.send_nowait((block, then))
 
     async def run(self, unsettled: Sequence[bytes], *, task_status: trio.TaskStatus[None]) -> None:
@@ -160,6 +168,8 @@ class BlockSubmitter:
             raise failure
 
     def _keep(self, block: FoundBlock) -> None:
+        if block.block_hash in self._others:
+            return
         try:
             self._directory.keep_block(block.block_hash, block.encode())
         except OSError as error:

@@ -40,7 +40,7 @@ def main() -> None:
     """Entry point of ``p2pool``: errors that we foresee become one line each and exit code 1."""
     try:
         _run_click()
-    except* (P2PoolError, SharechainError) as group:  # trio wraps what a task raises
+    except* (P2PoolError, SharechainError, OSError) as group:  # trio wraps what a task raises
         for error in dict.fromkeys(map(str, _leaves(group))):
             click.echo(f"p2pool: error: {error}", err=True)
         sys.exit(1)

@@ -447,8 +447,9 @@ class Cluster:
         raise P2PoolError(f"waited {patience_s:g} s for {what}, in vain; the nodes say: {self._summary()}")
 
     async def wait_converged(self, patience_s: float = 60.0) -> tuple[str, ...]:
-        """Wait until all running nodes have chains of one total work, one height of Bitcoin and nothing waiting, and
-        stay so.
+        """Wait until all running nodes have chains of one total work and one height of Bitcoin, and stay so.
+
+        Shares may still wait somewhere: those of a branch that lost, whose parents nobody needs.
 
         Returns:
             The hashes of their tips, as displayed; empty if there is no share. More than one is a tie: shares of equal
@@ -463,10 +464,10 @@ class Cluster:
         def converged() -> bool:
             nonlocal agreed, tips
             statuses = [node.status() for node in self.nodes if node.is_running]
-            views = {(s["total_work"], s["bitcoin_height"], s["waiting"]) if s else None for s in statuses}
+            views = {(s["total_work"], s["bitcoin_height"]) if s else None for s in statuses}
             moments: list[float] = [s["time"] for s in statuses if s]
             view = views.pop() if len(views) == 1 else None
-            if view is None or view[2]:
+            if view is None:
                 agreed = None
                 return False
             if agreed is None or agreed[0] != view:

@@ -173,7 +173,10 @@ class DataDirectory:
 
     def note_written(self) -> None:
         """Count what the store has written; to be called after each batch. Costs one small write."""
-        os.pwrite(self._batches, _pack_batches(self.store.sequence), 0)
+        try:
+            os.pwrite(self._batches, _pack_batches(self.store.sequence), 0)
+        except OSError as error:
+            raise StoreError(str(self.path / _BATCHES), f"does not take a write: {error.strerror}") from None
 
     def keep_block(self, block_hash: bytes, encoded: bytes) -> None:
         """Keep a block until Bitcoin has answered. Survives a kill and a power cut.

@@ -32,8 +32,8 @@ class BlockExchange:
     """See ``p2pool.p2p.network.BlockDesk``.
 
     Mutable fields: ``network`` (set once, None for a node that is alone), ``_relay``, ``_tip_facts`` (of the block that
-    the newest template builds on), ``_relayed`` (blocks of other nodes that Bitcoin has not answered yet) and
-    ``_refused`` (why it refused some of them, until that was acted on).
+    the newest template builds on) and ``_relayed`` (blocks of other nodes that Bitcoin has not answered yet, None once
+    they were passed on, and who brought them).
     """
 
     def __init__(self, *, backend: BitcoinBackend, submitter: BlockSubmitter, on_news: Callable[[], None]) -> None:
@@ -49,8 +49,7 @@ class BlockExchange:
         self._on_news = on_news
         self._relay = BlockRelay()
         self._tip_facts: HeaderFacts | None = None
-        self._relayed: set[bytes] = set()
-        self._refused: dict[bytes, str] = {}
+        self._relayed: dict[bytes, tuple[FoundBlock | None, str]] = {}
 
     def learn(self, template: BlockTemplate, facts: HeaderFacts | None) -> None:
         """The newest template, and what is known of the block that it builds on."""
@@ -66,9 +65,12 @@ class BlockExchange:
         """What Bitcoin said of a block. Returns whether the block was another node's."""
         if block_hash not in self._relayed:
             return False
-        self._relayed.discard(block_hash)
-        if not result.accepted and result.reason != STALE_BLOCK:
-            self._refused[block_hash] = result.reason
+        if result.accepted or result.reason == STALE_BLOCK:
+            self._pass_on(block_hash)
+            self._on_news()
+        elif result.reason == NO_PARENT and self.network is not None:
+            self.network.blocks.lacks_blocks_of(self._relayed[block_hash][1])
+        del self._relayed[block_hash]
         return True
 
     def announced(self, peer_id: str, announce: Announce) -> Wanted:
@@ -127,6 +129,8 @@ class BlockExchange:
     def _answer(self, peer_id: str, answer: Wanted | CompletedBlock) -> Wanted:
         if isinstance(answer, Wanted):
             return answer
+        if answer.block_hash in self._submitter:
+            return Wanted(positions=())
         block = FoundBlock(
             block_hash=answer.block_hash,
             block_height=answer.block_height,
@@ -135,15 +139,14 @@ class BlockExchange:
             transactions=answer.transactions,
             raw=answer.raw,
         )
-        self._relayed.add(block.block_hash)
-        self._submitter.submit(block, lambda: self._pass_on(block, peer_id))
+        self._relayed[block.block_hash] = (block, peer_id)
+        # A Bitcoin node that takes its time does not hold up what was paid for with work.
+        self._submitter.submit(block, lambda: self._pass_on(block.block_hash), is_ours=False)
         return Wanted(positions=())
 
-    def _pass_on(self, block: FoundBlock, bearer: str) -> None:
-        assert self.network is not None, "it came from there"
-        reason = self._refused.pop(block.block_hash, None)
-        if reason is None:  # accepted, or not answered yet
-            self.network.blocks.found(block.block_hash, self._relay.announcement(block.raw), bearer=bearer)
-            self._on_news()
-        elif reason == NO_PARENT:
-            self.network.blocks.lacks_blocks_of(bearer)
+    def _pass_on(self, block_hash: bytes) -> None:
+        """Announce another node's block, once, unless Bitcoin has refused it."""
+        block, bearer = self._relayed.get(block_hash, (None, ""))
+        if block is not None and self.network is not None:
+            self._relayed[block_hash] = (None, bearer)
+            self.network.blocks.found(block_hash, self._relay.announcement(block.raw), bearer=bearer)

@@ -16,7 +16,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
 import trio
@@ -35,7 +35,7 @@ from p2pool.stratum.protocol import Notify, Submission, Verdict, Worker
 from p2pool.stratum.server import ServerSettings, StratumServer
 from sharechain.chain import Accepted, ChainStatistics, Outcome, Sharechain, Unanchored
 from sharechain.difficulty import DIFFICULTY_1_TARGET, difficulty_of
-from sharechain.errors import InvalidShare
+from sharechain.errors import InvalidShare, StoreError
 from sharechain.params import Params
 from sharechain.share import Share, is_payout_script
 from sharechain.store import StoredShare
@@ -57,6 +57,10 @@ ANCHOR_INTERVAL_S: Final = 0.5
 MAX_ANCHORS: Final = 64
 #: Seconds between two of the node's words about itself.
 STATUS_INTERVAL_S: Final = 2.0
+#: Own shares that wait to join the chain, to be published then.
+MAX_OWN_WAITING: Final = 100
+#: Addresses in the node's word about itself.
+MAX_TOLD_ADDRESSES: Final = 100
 #: Seconds over which the bandwidth is measured.
 TRAFFIC_INTERVAL_S: Final = 10.0
 
@@ -97,6 +101,7 @@ class _Counters:
     shares: int = 0
     invalid: Counter[str] = field(default_factory=Counter)
     blocks: list[BlockOutcome] = field(default_factory=list)
+    warned: Counter[str] = field(default_factory=Counter)
 
 
 class Node:
@@ -159,6 +164,10 @@ class Node:
         self._traffic = (0, 0, clock())
         self._anchors_wanted = trio.Event()
         self._work_due = trio.Event()
+        self._fault: StoreError | None = None
+        self._faulted = trio.Event()
+        self._own_waiting: dict[bytes, Share] = {}
+        self._anchor_turn = 0
         #: Blocks between our Bitcoin and other nodes.
         self.blocks: Final = BlockExchange(backend=backend, submitter=self._submitter, on_news=self._look_for_anchors)
         self.network: Final = None if network is None else network(self)
@@ -183,6 +192,7 @@ class Node:
                 await nursery.start(self._submitter.run, self._unsettled)
                 await nursery.start(self.server.serve, listeners)
                 nursery.start_soon(self._tick)
+                nursery.start_soon(self._end_on_fault)
                 nursery.start_soon(self._anchor)
                 nursery.start_soon(self._follow_chain)
                 if self.network is not None:
@@ -211,6 +221,8 @@ class Node:
         Raises:
             InvalidShare: the share breaks a rule; nothing has changed.
         """
+        if self._fault is not None:
+            raise self._fault
         outcome = self.chain.accept(share, self._clock())
         if isinstance(outcome, Accepted):
             self._record(outcome)
@@ -227,15 +239,19 @@ class Node:
         tip = self.chain.tip
         assert tip is not None, "only a history with more work replaces ours"
         facts = self.chain.known_blocks()
-        self._store.replace(
-            shares,
-            facts=facts,
-            tip=tip.hash,
-            short_history=self.chain.short_history,
-            first_seen_ms=int(self._clock() * 1000),
-            sync=True,
-        )
-        self._directory.note_written()
+        try:
+            self._store.replace(
+                shares,
+                facts=facts,
+                tip=tip.hash,
+                short_history=self.chain.short_history,
+                first_seen_ms=int(self._clock() * 1000),
+                sync=True,
+            )
+            self._directory.note_written()
+        except StoreError as fault:
+            self._end_by(fault)
+            raise
         self._renew_work(clean=True)
 
     def encoded(self, share_hash: bytes) -> bytes | None:
@@ -256,7 +272,7 @@ class Node:
             try:
                 facts = await self._backend.header_facts(block_hash)
             except BackendError as error:
-                logger.error("the Bitcoin node does not tell block %s: %s", _shown(block_hash), error)
+                self._warn_of("facts", "the Bitcoin node does not tell what shares build on: %s", error)
                 return False
             if facts is None:
                 known = False
@@ -364,10 +380,18 @@ class Node:
             raise StratumError(20, str(error)) from None
 
     def _accept_found(self, share: Share) -> None:
-        if isinstance(self.accept(share), Accepted) and self.network is not None:
+        if self.network is None:
+            self.accept(share)
+        elif isinstance(self.accept(share), Accepted):
             self.network.share_found(share)
+        elif share.hash not in self.chain:
+            self._own_waiting[share.hash] = share
+            if len(self._own_waiting) > MAX_OWN_WAITING:
+                del self._own_waiting[next(iter(self._own_waiting))]
 
     def _record(self, change: Accepted) -> None:
+        if self._fault is not None:
+            raise self._fault
         now, moment = self._clock(), trio.current_time()
         facts = {
             share.previous_block_hash: fact
@@ -379,20 +403,39 @@ class Node:
             outcomes = {
                 share.hash: self._outcomes.pop(share.hash) for share in change.added if share.hash in self._outcomes
             }
-            self._store.write(change, first_seen_ms=int(now * 1000), facts=facts, block_outcomes=outcomes, sync=sync)
-            self._directory.note_written()
+            try:
+                self._store.write(
+                    change, first_seen_ms=int(now * 1000), facts=facts, block_outcomes=outcomes, sync=sync
+                )
+                self._directory.note_written()
+            except StoreError as fault:  # the chain holds what the store does not: nothing may follow
+                self._end_by(fault)
+                raise
             self._unsynced = not sync
             if sync:
                 self._synced_at = moment
         self._counters.shares += len(change.added)
         for share, error in change.rejected:
-            logger.warning("share %s that had waited breaks a rule: %s", _shown(share.hash), error)
+            logger.debug("share %s that had waited breaks a rule: %s", _shown(share.hash), error)
+            self._own_waiting.pop(share.hash, None)
         for share in change.added:
             logger.debug("share %s at height %d", _shown(share.hash), share.data.height)
+            if self._own_waiting.pop(share.hash, None) is not None and self.network is not None:
+                self.network.share_found(share)
         if change.disconnected:
             logger.info("reorg: %d shares left the main chain", len(change.disconnected))
         if change.added:  # a new tip, or an uncle to name; of many shares in a row, one renewal is enough
             self._work_due.set()
+
+    def _end_by(self, fault: StoreError) -> None:
+        self._fault = fault
+        self._faulted.set()
+
+    async def _end_on_fault(self) -> None:
+        """Whoever was served when the store failed may have swallowed it."""
+        await self._faulted.wait()
+        assert self._fault is not None
+        raise self._fault
 
     def _renew_due_work(self) -> None:
         if self._work_due.is_set():
@@ -455,7 +498,10 @@ class Node:
         statistics = self.statistics()
         network = None
         if statistics.network is not None:
-            network = asdict(statistics.network)
+            network = {field.name: getattr(statistics.network, field.name) for field in fields(statistics.network)}
+            rows = network["peers"]
+            known = [row for row in rows if row["state"] == "known"][:MAX_TOLD_ADDRESSES]
+            network["peers"] = [row for row in rows if row["state"] != "known"] + known
             received, sent, since = self._traffic
             seconds = max(now - since, 1e-3)
             network["received_per_s"] = round((network["received_bytes"] - received) / seconds)
@@ -478,6 +524,13 @@ class Node:
             "network": network,
         }
 
+    def _warn_of(self, what: str, text: str, error: Exception) -> None:
+        """Log what may go wrong again and again: the first, the second, the fourth time ..."""
+        self._counters.warned[what] += 1
+        count = self._counters.warned[what]
+        if count & (count - 1) == 0:
+            logger.error(text + " (number %d)", error, count)
+
     def _look_for_anchors(self) -> None:
         self._anchors_wanted.set()
 
@@ -486,7 +539,10 @@ class Node:
         while True:
             await self._anchors_wanted.wait()
             self._anchors_wanted = trio.Event()
-            if wanted := self.chain.missing_blocks()[:MAX_ANCHORS]:
+            if missing := self.chain.missing_blocks():
+                start = self._anchor_turn % len(missing)  # in turns: what does not exist must not hide what does
+                wanted = (*missing[start:], *missing[:start])[:MAX_ANCHORS]
+                self._anchor_turn += MAX_ANCHORS
                 if not await self.learn_blocks(wanted):
                     self._anchors_wanted.set()
                 await trio.sleep(ANCHOR_INTERVAL_S)
@@ -538,7 +594,10 @@ class Node:
                 await trio.lowlevel.checkpoint()
             if moment - told_at >= STATUS_INTERVAL_S:
                 told_at = moment
-                self._directory.write_status(self._status(now))
+                try:
+                    self._directory.write_status(self._status(now))
+                except OSError as error:
+                    self._warn_of("status", "status.json cannot be written: %s", error)
             work = self._book.work
             if work is not None and now - work.time >= min(WORK_INTERVAL_S, max(1.0, eased_s)):
                 self._renew_work(clean=False)

@@ -53,7 +53,7 @@ IO_FILES = {
         "service",
     ),
     *("bitcoin_backend/kernel", "bitcoin_backend/rpc", "exchange", "stratum/server", "web/server"),
-    *("p2p/__init__", "p2p/network", "p2p/blocks", "p2p/intake", "p2p/host", "p2p/lan", "p2p/hardening"),
+    *("p2p/__init__", "p2p/network", "p2p/blocks", "p2p/intake", "p2p/frames", "p2p/host", "p2p/lan", "p2p/hardening"),
 }
 IO_MODULES = {"trio", "socket", "plyvel", "plyvel_next", "time", "random", "secrets", "select", "libp2p", "pbk"}
 ROOMS = ("bitcoin_backend", "stratum", "p2p", "web")

@@ -143,7 +143,8 @@ class Transport(Protocol):
 
         Raises:
             PeerError: not connected, no answer in time, the stream broke, or the answer is larger than the protocol
-                allows. ``rule`` tells which; only "frame" is the peer's fault for certain.
+                allows. ``rule`` tells which; only "frame" is the peer's fault for certain, and blaming it is left to
+                the caller.
         """
 
     async def publish(self, payload: bytes) -> None:

@@ -25,7 +25,10 @@ FORGET_REACHED_AFTER: Final = 10
 FORGET_REACHED_S: Final = 7 * 86_400.0
 
 _EXAMPLE: Final = "/ip4/198.51.100.7/tcp/9338/p2p/12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA"
-_NAME: Final = re.compile(r"(?=.{1,253}\Z)(?:[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-z0-9_-]*[a-z][a-z0-9-]*")
+#: A name, its labels of 63 letters at most; the last has a letter, or it would be a form of an IP address.
+_NAME: Final = re.compile(
+    r"(?=.{1,253}\Z)(?:[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\.)*(?=[a-z0-9_-]{1,63}\Z)[a-z0-9_-]*[a-z][a-z0-9-]*"
+)
 _BASE58: Final = {letter: n for n, letter in enumerate("123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz")}
 #: First bytes and length of the multihashes that are peer ids: an Ed25519 or a secp256k1 key, or SHA-256 of any key.
 _ID_SHAPES: Final = ((b"\x00\x24\x08\x01\x12\x20", 38), (b"\x00\x25\x08\x02\x12\x21", 39), (b"\x12\x20", 34))

@@ -50,7 +50,9 @@ BLOCKS_INTERVAL_S: Final = 0.5
 #: The same for one block that nobody seems to have, at most; how many are looked for; how long a branch is followed.
 MAX_HUNT_S: Final = 60.0
 MAX_HUNTED: Final = 16
-MAX_BRANCH: Final = 10
+MAX_BRANCH: Final = 500
+#: Requests for blocks of one peer in a row; then it is the next one's turn.
+MAX_ROUNDS: Final = 50
 
 
 class BlockDesk(Protocol):
@@ -85,7 +87,7 @@ class BlockNews:
     """Announces, fetches and serves blocks.
 
     Mutable fields: ``_no_source`` (peers that give no blocks), ``_lagging`` (peers whose Bitcoin is ahead of ours) and
-    ``_hunted`` (for each block that shares wait for: how often it was asked for, and when next).
+    ``_hunted`` (for each block that shares wait for: how often it was asked for, and when next), ``_turn``.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class BlockNews:
         self._no_source: set[str] = set()
         self._lagging: set[str] = set()
         self._hunted: dict[bytes, tuple[int, float]] = {}
+        self._turn = 0
         self._announce_in, self._announce_out = trio.open_memory_channel[tuple[bytes, bytes, str]](16)
 
     def found(self, block_hash: bytes, announce: Announce, *, bearer: str = "") -> None:
@@ -145,7 +148,7 @@ class BlockNews:
             else:
                 blocks = await desk.after(message.locator, MAX_SHARES_SIZE)
         except BackendError:
-            return Refused(reason="the Bitcoin node does not answer")
+            blocks = ()  # now; it may have some later
         return Refused(reason="Bitcoin blocks: ask Bitcoin") if blocks is None else Blocks(blocks=blocks)
 
     async def _announce(self, nursery: trio.Nursery) -> None:
@@ -191,7 +194,9 @@ class BlockNews:
         wanted = dict.fromkeys((*self._desk.chain.missing_blocks(), *self._intake.missing_blocks))
         self._hunted = {block: hunt for block, hunt in self._hunted.items() if block in wanted}
         links, now = self._transport.links, self._clock()
-        for block in list(wanted)[:MAX_HUNTED]:
+        start = self._turn % len(wanted) if wanted else 0  # in turns: what does not exist must not hide what does
+        self._turn += MAX_HUNTED
+        for block in (*list(wanted)[start:], *list(wanted)[:start])[:MAX_HUNTED]:
             tries, due = self._hunted.get(block, (0, now + BLOCKS_INTERVAL_S))
             if now >= due and links:
                 link = links[tries % len(links)]
@@ -214,11 +219,11 @@ class BlockNews:
 
     async def _fetch_blocks(self, peer_id: str) -> None:
         last: tuple[bytes, ...] = ()
-        while True:
+        for _ in range(MAX_ROUNDS):
             locator = await self._desk.blocks.locator()
             assert locator is not None, "a backend does not change its kind"
             blocks = await self._request_blocks(peer_id, BlocksAfter(locator=(last + locator)[:MAX_LOCATOR]))
-            if not blocks:
+            if not blocks or await self._desk.blocks.knows(sha256d(blocks[-1][:80])):
                 return
             taken = await self._desk.blocks.take(blocks)
             self._intake.poke()

@@ -77,7 +77,10 @@ BUDGETS: Final = {
     "served": Budget(rate=8_000_000, burst=64_000_000),
 }
 #: All peers together: ids are free, an uplink is not.
-TOTAL_BUDGETS: Final = {"served": Budget(rate=24_000_000, burst=64_000_000)}
+TOTAL_BUDGETS: Final = {
+    "request": Budget(rate=300, burst=1_000),
+    "served": Budget(rate=24_000_000, burst=64_000_000),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

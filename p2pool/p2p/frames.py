@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
+
+import trio
 
 from p2pool.errors import PeerError
 
@@ -34,6 +40,9 @@ class FrameBuffer:
 
     def __bool__(self) -> bool:
         return bool(self._bytes)
+
+    def __len__(self) -> int:
+        return len(self._bytes)
 
     def feed(self, data: bytes) -> None:
         """Add what was read."""
@@ -101,16 +110,23 @@ class FrameStream:
         if not self._buffer:
             await self._read_some()
 
-    async def read(self, limit: int) -> bytes | None:
+    async def read(self, limit: int, waits: Callable[[int], None] = lambda size: None) -> bytes | None:
         """The next frame; None if the stream ends before or within it.
+
+        Args:
+            limit: bytes that the payload may have.
+            waits: told how many bytes are here, each time before more are waited for.
 
         Raises:
             PeerError: "frame": it is longer than the limit, or its length is not a length.
         """
         while True:
             frame = self._buffer.take(limit)
-            if frame is not None or not await self._read_some():
+            if frame is not None:
                 return frame
+            waits(len(self._buffer))
+            if not await self._read_some():
+                return None
 
     async def write(self, payload: bytes) -> None:
         await self.stream.write(encode_frame(payload))
@@ -123,3 +139,69 @@ class FrameStream:
         self._is_at_end = not data
         self._buffer.feed(data)
         return bool(data)
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Part:
+    """A frame that is not whole yet. Mutable: ``size``, the bytes that are here."""
+
+    peer_id: str
+    scope: trio.CancelScope
+    size: int = 0
+
+
+class Room:
+    """Where frames come in. Bounds the bytes of all that are not whole yet, of all peers together.
+
+    If there are too many, the peer that has most of them loses its largest frame, of equals the newest: room can be
+    held only by holding less of it than others.
+
+    Mutable state: ``_parts`` are the frames that are coming, oldest first (a dictionary for its order), ``_size`` is
+    their bytes, never more than the limit.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._parts: dict[_Part, None] = {}
+        self._size = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes of frames that are not whole."""
+        return self._size
+
+    async def read(self, frames: FrameStream, limit: int, scope: trio.CancelScope) -> bytes | None:
+        """As ``FrameStream.read``.
+
+        Args:
+            frames: the stream.
+            limit: bytes that the payload may have.
+            scope: around this call; cancelled if the frame has to go. The stream is of no use then.
+        """
+        part = _Part(peer_id=frames.peer_id, scope=scope)
+        self._parts[part] = None
+        try:
+            return await frames.read(limit, partial(self._resize, part))
+        finally:
+            self._leave(part)
+
+    def _resize(self, part: _Part, size: int) -> None:
+        if part not in self._parts:
+            return  # It has to go, and only does not know it yet.
+        self._size += size - part.size
+        part.size = size
+        while self._size > self._limit:
+            self._put_out()
+
+    def _put_out(self) -> None:
+        of_peers: Counter[str] = Counter()
+        for part in self._parts:
+            of_peers[part.peer_id] += part.size
+        largest = max(reversed(self._parts), key=lambda part: (of_peers[part.peer_id], part.size))
+        self._leave(largest)
+        largest.scope.cancel()
+
+    def _leave(self, part: _Part) -> None:
+        if part in self._parts:
+            del self._parts[part]
+            self._size -= part.size

@@ -33,7 +33,7 @@ from multiaddr import Multiaddr
 from p2pool.errors import ConfigError, PeerError
 from p2pool.p2p import BLOCK, SYNC, Gossip, Link, Traffic, TransportHandler
 from p2pool.p2p.addresses import parse_address
-from p2pool.p2p.frames import FrameStream
+from p2pool.p2p.frames import FrameStream, Room
 from p2pool.p2p.hardening import HardenedHost, Limits, identity_of, open_host, run_host
 from p2pool.p2p.identity import load_identity
 from p2pool.p2p.lan import follow_lan
@@ -51,8 +51,12 @@ END_DEADLINE_S: Final = 2.0
 KEEP_S: Final = 30.0
 #: For all connections to be closed at the end.
 CLOSE_DEADLINE_S: Final = 2.0
-#: Streams that one peer may hold open for one protocol. An honest one needs one, and two while it replaces it.
-MAX_STREAMS: Final = 4
+#: Streams that one peer may hold open, by protocol. An honest one needs one, and two while it replaces it.
+MAX_STREAMS: Final = {SYNC: 4, BLOCK: 2}
+#: Bytes of requests that are not whole yet, of all peers together: those of block/1 have megabytes.
+MAX_COMING_BYTES: Final = 64 * 1024 * 1024
+#: Between two looks at which network interfaces there are.
+LOOK_AROUND_S: Final = 60.0
 #: Addresses tried of one name.
 MAX_ADDRESSES: Final = 4
 
@@ -89,7 +93,8 @@ class Libp2pTransport:
     Mutable state: ``_handler`` and ``_hardened`` are set while ``run`` runs. ``_peers`` are the connected peers that
     the handler took, by id; each has at least one connection. ``_refused`` are connections that the handler did not
     take and that are not yet gone. ``_dials`` keeps two calls to one peer from overlapping. ``_parted`` is set, and
-    replaced, when a connection is gone.
+    replaced, when a connection is gone. ``_addresses`` are where we listen, looked up now and then. ``_room`` is where
+    requests come in.
     """
 
     def __init__(
@@ -135,6 +140,8 @@ class Libp2pTransport:
         self._refused: set[INetConn] = set()
         self._dials: dict[str, trio.Lock] = {}
         self._parted = trio.Event()
+        self._addresses: tuple[str, ...] = ()
+        self._room = Room(MAX_COMING_BYTES)
 
     @property
     def peer_id(self) -> str:
@@ -142,7 +149,7 @@ class Libp2pTransport:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        return () if self._hardened is None else tuple(_expand(self._hardened.addresses))
+        return self._addresses
 
     @property
     def links(self) -> tuple[Link, ...]:
@@ -176,6 +183,8 @@ class Libp2pTransport:
                 await nursery.start(_host, hardened, hosting)
                 hosting.shield = True
                 try:
+                    self._addresses = tuple(_expand(hardened.addresses))
+                    nursery.start_soon(self._look_around, hardened)
                     nursery.start_soon(_discard, await hardened.pubsub.subscribe(self._topic))
                     if self._mdns:
                         nursery.start_soon(self._follow_lan)
@@ -193,6 +202,7 @@ class Libp2pTransport:
             for peer in list(self._peers.values()):
                 self._forget(peer)
             self._hardened = self._handler = None
+            self._addresses = ()
 
     async def _close(self, hardened: HardenedHost) -> None:
         """Close while the tasks of the host still run: cancelled in the midst, they would leave connections open."""
@@ -278,14 +288,14 @@ class Libp2pTransport:
 
     async def _greet(self, peer: _Peer) -> None:
         """Open the stream that is needed first. A peer that refused us has closed the connection by now; one of another
-        network, or no node at all, does not speak the protocol.
+        network, or no node at all, does not speak the protocol. The handler may ask already: then its stream is waited
+        for, but not the answer.
         """
-        if peer.queues[SYNC].locked():
-            return  # The handler asks already.
-        async with peer.queues[SYNC]:
+        async with peer.openings[SYNC]:
+            if SYNC in peer.spoken:
+                return
             try:
-                if SYNC not in peer.streams:
-                    peer.keep(SYNC, await self._open(peer, self._protocols[SYNC]))
+                peer.keep(SYNC, await self._open(peer, SYNC))
             except PeerError as error:
                 self._drop(peer.link.peer_id)
                 raise PeerError("refused", error.message) from None
@@ -339,6 +349,12 @@ class Libp2pTransport:
         with _Session(peer.link.peer_id):
             self._handler.closed(peer.link.peer_id)
 
+    async def _look_around(self, hardened: HardenedHost) -> None:
+        """Interfaces come and go, and naming them takes too long to do it for each who asks."""
+        while True:
+            await trio.sleep(LOOK_AROUND_S)
+            self._addresses = tuple(_expand(hardened.addresses))
+
     async def _follow_lan(self) -> None:
         await follow_lan(
             network_id=self._network_id,
@@ -357,7 +373,8 @@ class Libp2pTransport:
                 await self._end(frames)
                 frames = None
             if frames is None:
-                frames = await self._open(peer, self._protocols[protocol])
+                async with peer.openings[protocol]:
+                    frames = peer.streams.pop(protocol, None) or await self._open(peer, protocol)
             await frames.write(request)
             answer = await frames.read(MAX_FRAME[protocol][1])
             if answer is None:
@@ -365,10 +382,6 @@ class Libp2pTransport:
             if frames.has_more:
                 answer = None
                 raise PeerError("frame", "more than one answer to a request")
-        except PeerError as error:
-            if error.rule == "frame":
-                self._blame(peer, "frame", error.message)
-            raise
         except _BROKEN as error:
             raise PeerError("gone", f"the stream broke: {_reason(error)}") from None
         finally:
@@ -378,13 +391,14 @@ class Libp2pTransport:
                 await self._end(frames)
         return answer
 
-    async def _open(self, peer: _Peer, protocol: TProtocol) -> FrameStream:
+    async def _open(self, peer: _Peer, protocol: str) -> FrameStream:
         assert self._hardened is not None
         try:
-            stream = await self._hardened.new_stream(peer.link.peer_id, protocol)
+            stream = await self._hardened.new_stream(peer.link.peer_id, self._protocols[protocol])
         except PeerError as error:
             is_there = any(not conn.is_closed and not conn.muxed_conn.is_closed for conn in peer.conns)
             raise PeerError("stream" if is_there else "gone", error.message) from error.__cause__
+        peer.spoken.add(protocol)
         return FrameStream(stream, peer.link.peer_id)
 
     async def _end(self, frames: FrameStream, *, gracefully: bool = False) -> None:
@@ -403,7 +417,7 @@ class Libp2pTransport:
                 self._on_connected(conn)
             frames = FrameStream(stream, str(stream.muxed_conn.peer_id))
             peer = self._peers.get(frames.peer_id)
-            if peer is None or peer.inbound[protocol] >= MAX_STREAMS:
+            if peer is None or peer.inbound[protocol] >= MAX_STREAMS[protocol]:
                 await self._end(frames)
                 return
             peer.inbound[protocol] += 1
@@ -436,9 +450,9 @@ class Libp2pTransport:
             with trio.move_on_after(self._deadlines.idle_s):
                 await frames.wait()
             if frames.has_more:
-                with trio.fail_after(self._deadlines.request_s):
-                    return await frames.read(MAX_FRAME[protocol][0])
-        except trio.TooSlowError:
+                with trio.fail_after(self._deadlines.request_s) as scope:
+                    return await self._room.read(frames, MAX_FRAME[protocol][0], scope)
+        except trio.TooSlowError:  # Also if the room for requests is full, and this peer has most of it.
             self._blame(peer, "slow", "a request that was begun and not ended")
         except PeerError as error:
             self._blame(peer, error.rule, error.message)
@@ -485,7 +499,8 @@ class _Peer:
 
     Mutable state: ``conns`` are its connections, the latest last; none are left when ``is_gone``. ``streams`` are ours,
     one for each protocol, while no request is on it, and ``used_at`` tells when the last one was; ``queues`` keep
-    requests in order. ``inbound`` counts its own streams. ``scopes`` are those of requests under way, cancelled when it
+    requests in order. ``openings`` let one stream be opened at a time, and ``spoken`` are the protocols of which one
+    could be. ``inbound`` counts its own streams. ``scopes`` are those of requests under way, cancelled when it
     is gone.
     """
 
@@ -495,6 +510,8 @@ class _Peer:
         self.streams: dict[str, FrameStream] = {}
         self.used_at: dict[str, float] = {}
         self.queues: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)
+        self.openings: defaultdict[str, trio.Lock] = defaultdict(trio.Lock)
+        self.spoken: set[str] = set()
         self.inbound: Counter[str] = Counter()
         self.is_gone = False
         self.scopes: set[trio.CancelScope] = set()
@@ -575,7 +592,7 @@ def _expand(addresses: Iterable[str]) -> Iterable[str]:
 async def _resolve(host: str, port: int) -> list[str]:
     try:
         infos = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # The latter is IDNA's.
         raise PeerError("unreachable", f"{host}: {error}") from None
     return list(dict.fromkeys(str(info[4][0]) for info in infos))[:MAX_ADDRESSES]
 

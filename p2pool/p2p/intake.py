@@ -19,7 +19,7 @@ from typing import Any, Final
 import trio
 
 from p2pool.p2p.sync import Batch, Download, Sync
-from sharechain.chain import Accepted, Buried, Orphaned, Outcome, Sharechain, Unanchored
+from sharechain.chain import Accepted, Buried, Duplicate, Early, Orphaned, Outcome, Sharechain, Unanchored
 from sharechain.errors import DecodeError, InvalidShare
 from sharechain.share import Share, decode_share, share_id
 
@@ -44,11 +44,20 @@ class Intake:
     ``_news``.
     """
 
-    def __init__(self, desk: Any, sync: Sync, *, clock: Callable[[], float], blame: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        desk: Any,
+        sync: Sync,
+        *,
+        clock: Callable[[], float],
+        moment: Callable[[], float],
+        blame: Callable[..., None],
+    ) -> None:
         """Nothing happens before ``run``; the arguments are those of ``Network``."""
         self._desk = desk
         self._sync = sync
         self._clock = clock
+        self._moment = moment
         self._blame = blame
         self._aside: Sharechain | None = None
         self._aside_shares: list[bytes] = []
@@ -111,6 +120,12 @@ class Intake:
             except InvalidShare as error:
                 self._refuse(download, error)
                 return False
+            early_from = share.time - self._desk.params.future_limit_s
+            if isinstance(outcome, Duplicate) and early_from > self._clock():  # it waits since an earlier turn
+                outcome = Early(until=early_from)
+            if isinstance(outcome, Early):
+                self._wait_for_clock(download, outcome)
+                return False
             if isinstance(outcome, Buried) or (
                 isinstance(outcome, Orphaned) and number == 0 and share.data.parent in outcome.missing
             ):
@@ -121,7 +136,7 @@ class Intake:
                     self._begin_foreign(download)
                 return False
             if isinstance(outcome, Orphaned) and not download.foreign:
-                self._sync.orphaned(batch.giver, outcome.missing, self._clock(), asked=False)
+                self._sync.orphaned(batch.giver, outcome.missing, self._moment(), asked=False)
         return self._is_worth_it(download)
 
     async def _begin(self, download: Download, batch: Batch, shares: list[Share]) -> int | None:
@@ -151,13 +166,17 @@ class Intake:
                 if isinstance(outcome, Accepted):
                     self._aside_shares += [share.encoded for share in outcome.added]
                     self._sync.foreign_locator = chain.locator()
+                    self.missing_blocks = ()
                     return size
                 self.missing_blocks = tuple(share.previous_block_hash for share in shares[:size])
+                if isinstance(outcome, Early):
+                    self._wait_for_clock(download, outcome)
+                    return None
                 await trio.sleep(BLOCK_INTERVAL_S)
                 await self._learn(shares[:size])
-                self.missing_blocks = ()
+        self.missing_blocks = ()
         logger.warning("the Bitcoin node does not know the blocks that the history of peer %s builds on", download.lead)
-        self._sync.abandon(download, self._clock())
+        self._sync.abandon(download, self._moment())
         return None
 
     def _decode(self, batch: Batch) -> Iterator[Share]:
@@ -194,6 +213,8 @@ class Intake:
                     change = self._aside.learn_block(block, facts, self._clock())
                     if isinstance(change, Accepted):
                         self._aside_shares += [added.encoded for added in change.added]
+            while isinstance(change := self._aside.release(self._clock()), Accepted):  # the first of an earlier turn
+                self._aside_shares += [added.encoded for added in change.added]
 
     async def _accept_later(self, download: Download, share: Share, block_hash: bytes) -> Outcome:
         """Our Bitcoin node is behind the shares: what follows would wait in vain before it knows the block."""
@@ -206,14 +227,20 @@ class Intake:
         outcome = self._accept(download, share)
         if self._desk.chain.block_facts(block_hash) is None:
             logger.warning("the Bitcoin node does not know block %s, which shares build on", block_hash[::-1].hex())
-            self._sync.abandon(download, self._clock())
+            self._sync.abandon(download, self._moment())
             self._forget_aside()
         return outcome
+
+    def _wait_for_clock(self, download: Download, early: Early) -> None:
+        """What follows would wait too, and look as if it forked off somewhere."""
+        ahead_s = early.until + self._desk.params.future_limit_s - self._clock()
+        logger.warning("shares of peer %s are %.0f s ahead of our clock: is it right?", download.lead, ahead_s)
+        self._sync.abandon(download, self._moment())
 
     def _refuse(self, download: Download, error: InvalidShare) -> None:
         # The body is the one that the lead told of, whoever gave it.
         self._blame(peer_id=download.lead, ip=None, rule=error.rule, detail=str(error))
-        self._sync.abandon(download, self._clock())
+        self._sync.abandon(download, self._moment())
         if download.foreign:  # whoever gave it, it is what the lead told
             self._forget_aside()
 
@@ -276,12 +303,12 @@ class Intake:
         """Fetch it again, aside; where it was left, if it is the same peer's."""
         if self._aside_lead != download.lead:
             self._forget_aside(keep=True)
-        self._sync.begin_foreign(download, self._clock())
+        self._sync.begin_foreign(download, self._moment())
 
     def _drop(self, download: Download, why: str) -> None:
         logger.info("the history of peer %s is left alone: %s", download.lead, why)
-        self._sync.decline(download.lead, self._clock() + DECLINED_S)
-        self._sync.abandon(download, self._clock())
+        self._sync.decline(download.lead, self._moment() + DECLINED_S)
+        self._sync.abandon(download, self._moment())
         self._forget_aside()
 
     def _forget_aside(self, *, keep: bool = False) -> None:

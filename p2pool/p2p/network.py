@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,8 @@ PEERS_INTERVAL_S: Final = 300.0
 SAVE_INTERVAL_S: Final = 30.0
 #: Seconds between two lines about the progress of a sync.
 PROGRESS_INTERVAL_S: Final = 5.0
+#: Lines a minute about who comes and goes.
+MAX_SAID: Final = 60
 #: Shares read and hashed for an answer between two looks at what else is to be done.
 LOCATED_SLICE: Final = 64
 #: Own shares that wait for the transport.
@@ -169,10 +172,12 @@ class Network:
         self._listens = listens
         self._save = save
         self.sync = Sync(
-            uncle_depth=desk.params.uncle_depth, expects_peers=expects_peers or bool(book.rows(clock())), now=clock()
+            uncle_depth=desk.params.uncle_depth,
+            expects_peers=expects_peers or bool(book.rows(clock())),
+            now=trio.current_time(),
         )
         self._judge = GossipJudge(desk.params)
-        self._intake = Intake(desk, self.sync, clock=clock, blame=self.blame)
+        self._intake = Intake(desk, self.sync, clock=clock, moment=trio.current_time, blame=self.blame)
         #: Bitcoin blocks from and for other nodes.
         self.blocks: Final = BlockNews(
             desk, transport, self._intake, clock=clock, blame=self.blame, status_of=self.sync.status_of
@@ -180,6 +185,7 @@ class Network:
         self._counts: Counter[str] = Counter()
         self._faults: Counter[str] = Counter()
         self._wasteful: dict[str, float] = {}
+        self._said = (-math.inf, 0)
         self._asked_peers_at: dict[str, float] = {}
         self._wake = trio.Event()
         self._publish_in, self._publish_out = trio.open_memory_channel[bytes](MAX_PUBLISH)
@@ -270,20 +276,19 @@ class Network:
         if reason is not None:
             logger.debug("peer %s at %s refused: %s", link.peer_id, link.ip, reason)
             return False
-        logger.info("peer %s at %s:%d %s", link.peer_id, link.ip, link.port, "called" if link.inbound else "answered")
-        self.sync.connected(link.peer_id, now)
+        self._say("peer %s at %s:%d %s", link.peer_id, link.ip, link.port, "called" if link.inbound else "answered")
+        self.sync.connected(link.peer_id, trio.current_time(), machine=link.ip, chosen=not link.inbound)
         self._wake.set()
         return True
 
     def closed(self, peer_id: str) -> None:
         """See ``TransportHandler``."""
-        now = self._clock()
-        self._book.closed(peer_id, now)
-        self.sync.gone(peer_id, now)
+        self._book.closed(peer_id, self._clock())
+        self.sync.gone(peer_id, trio.current_time())
         self._asked_peers_at.pop(peer_id, None)
         self._wasteful.pop(peer_id, None)
         self.blocks.closed(peer_id)
-        logger.info("peer %s is gone", peer_id)
+        self._say("peer %s is gone", peer_id)
 
     def blame(self, *, peer_id: str | None, ip: str | None, rule: str, detail: str) -> None:
         """See ``TransportHandler``."""
@@ -301,12 +306,12 @@ class Network:
 
     def gossip(self, message: Gossip) -> bool:
         """See ``TransportHandler``."""
-        now, bearer = self._clock(), message.bearer
-        if self._book.spend(bearer, "gossip", 1, now) > 0:
+        now, moment, bearer = self._clock(), trio.current_time(), message.bearer
+        if self._book.spend(bearer, "gossip", 1, moment) > 0:
             self._counts["over budget"] += 1
             self.blame(peer_id=bearer, ip=None, rule="flood", detail="more messages than a network of shares can have")
             return False
-        if self._wasteful.get(bearer, -1e9) > now:
+        if self._wasteful.get(bearer, -1e9) > moment:
             self._counts["over budget"] += 1
             return False
         try:
@@ -323,7 +328,7 @@ class Network:
         kinds = (Status, Locate, GetShares, GetPeers) if protocol == SYNC else BLOCK_REQUESTS
         try:
             message = decode_message(request, *kinds)
-            await self._pay(peer_id, "request", COSTS.get(type(message), 0))
+            await self._pay(peer_id, "request", COSTS.get(type(message), 0) + len(getattr(message, "hashes", ())) // 50)
             answer = await self._answer(peer_id, message)
         except PeerError as error:
             self.blame(peer_id=peer_id, ip=None, rule=error.rule, detail=error.message)
@@ -385,23 +390,22 @@ class Network:
         )
 
     def _hear_status(self, peer_id: str, status: Status) -> None:
-        now = self._clock()
         known = self._desk.chain.entry(status.tip)
         if known is not None and (known.height, known.total_work) != (status.height, status.total_work):
             detail = f"says that share {status.tip[::-1].hex()} has another height or total work than it says itself"
             self.blame(peer_id=peer_id, ip=None, rule="claim", detail=detail)
             return
         if status.listen_port:
-            self._book.listens(peer_id, status.listen_port, now)
-        self.sync.told(peer_id, status, now)
+            self._book.listens(peer_id, status.listen_port, self._clock())
+        self.sync.told(peer_id, status, trio.current_time())
         self._wake.set()
 
     async def _pay(self, peer_id: str, kind: str, amount: int) -> None:
-        wait_s = self._book.spend(peer_id, kind, amount, self._clock())
+        wait_s = self._book.spend(peer_id, kind, amount, trio.current_time())
         while wait_s > 0:  # slower, not refused: an honest peer that catches up asks for much
             self._counts["slowed down"] += 1
             await trio.sleep(wait_s)
-            wait_s = self._book.spend(peer_id, kind, amount, self._clock())
+            wait_s = self._book.spend(peer_id, kind, amount, trio.current_time())
 
     # -- gossip ------------------------------------------------------------------------------------------------
 
@@ -421,12 +425,13 @@ class Network:
                 self.blame(peer_id=bearer, ip=None, rule=judgement.rule, detail=judgement.detail)
             else:
                 # Never held against it, but what it brings is left to the sync protocol while it brings too much.
-                self._wasteful[bearer] = now + self._book.spend(bearer, "wasted", 1, now)
+                moment = trio.current_time()
+                self._wasteful[bearer] = moment + self._book.spend(bearer, "wasted", 1, moment)
                 logger.debug("peer %s relayed what breaks %s: %s", bearer, judgement.rule, judgement.detail)
         else:
             self._counts[judgement.dropped or ("waiting" if judgement.missing else "joined")] += 1
         if judgement.missing:
-            self.sync.orphaned(bearer, judgement.missing, now, asked=False)
+            self.sync.orphaned(bearer, judgement.missing, trio.current_time(), asked=False)
             self._wake.set()
         return judgement
 
@@ -459,7 +464,7 @@ class Network:
 
     async def _ask_peers(self, nursery: trio.Nursery) -> None:
         while True:
-            now = self._clock()
+            now = trio.current_time()
             for ask in self.sync.asks(self._desk.chain, now):
                 nursery.start_soon(self._ask, ask)
             for link in self._transport.links:
@@ -493,15 +498,16 @@ class Network:
                 answer = await self._request(ask.peer, SYNC, GetShares(hashes=ask.hashes), Shares)
                 if len(answer.shares) > len(ask.hashes):
                     raise PeerError("unasked", f"{len(answer.shares)} shares for {len(ask.hashes)} hashes")
-                for raw in self.sync.fetched(ask, answer.shares, self._clock()):
+                for raw in self.sync.fetched(ask, answer.shares, trio.current_time()):
                     self._take_stray(ask, raw)
         except PeerError as error:
             logger.debug("peer %s: no answer to %s: %s", ask.peer, ask.kind, error)
             if error.rule not in NO_FAULTS:
                 self.blame(peer_id=ask.peer, ip=None, rule=error.rule, detail=error.message)
-            self.sync.failed(ask, self._clock())
-            # Who does not speak the sync protocol may listen to gossip all the same.
-            if error.rule != "stream" and self.sync.failures(ask.peer) >= MAX_FAILURES:
+            self.sync.failed(ask, trio.current_time())
+            # Who called and does not speak the sync protocol may listen to gossip all the same.
+            inbound = any(link.inbound for link in self._transport.links if link.peer_id == ask.peer)
+            if not (inbound and error.rule == "stream") and self.sync.failures(ask.peer) >= MAX_FAILURES:
                 logger.info("peer %s does not answer: left", ask.peer)
                 await self._transport.disconnect(ask.peer)
         self._intake.poke()
@@ -524,7 +530,7 @@ class Network:
             raise PeerError(error.rule, str(error)) from None
         missing = getattr(outcome, "missing", ())
         if missing:
-            self.sync.orphaned(ask.peer, missing, self._clock(), asked=True)
+            self.sync.orphaned(ask.peer, missing, trio.current_time(), asked=True)
 
     async def _ask_for_peers(self, link: Link) -> None:
         try:
@@ -539,7 +545,7 @@ class Network:
                 self.blame(peer_id=link.peer_id, ip=None, rule="address", detail=f"{broken} addresses that are none")
 
     def _look_ready(self) -> None:
-        if not self._ready and self.sync.is_ready(self._desk.chain, self._clock()):
+        if not self._ready and self.sync.is_ready(self._desk.chain, trio.current_time()):
             self._ready = True
             logger.info("%s: miners are served", self.sync.why_ready)
             self._desk.ready()
@@ -562,5 +568,19 @@ class Network:
             self._save_peers()
 
     def _save_peers(self) -> None:
-        if self._save is not None:
+        if self._save is None:
+            return
+        try:
             self._save(self._book.encode())
+        except OSError as error:
+            self._counts["peers not saved"] += 1
+            if self._counts["peers not saved"] == 1:
+                logger.error("what is known of other nodes cannot be saved: %s", error)
+
+    def _say(self, text: str, *details: object) -> None:
+        """Log who comes and goes, as long as these are few."""
+        moment = trio.current_time()
+        if moment - self._said[0] >= 60:
+            self._said = (moment, 0)
+        self._said = (self._said[0], self._said[1] + 1)
+        logger.log(logging.INFO if self._said[1] <= MAX_SAID else logging.DEBUG, text, *details)

@@ -55,6 +55,8 @@ FOREIGN_TURN_S: Final = 1_800.0
 SLOW_S: Final = 3.0
 #: Requests for a peer's tip by its hash, after which it should tell its chain.
 MAX_TIP_TRIES: Final = 2
+#: Addresses whose downloads in vain are remembered.
+MAX_VAIN: Final = 1_000
 #: Downloads in a row that end because their lead has no more what it listed, before that is held against it.
 MAX_EXCUSES: Final = 2
 #: Hashes that one download may list: two of the longest windows, a margin, and 3 uncles for each share.
@@ -137,6 +139,9 @@ class Download:
 
 @dataclass(slots=True, kw_only=True)
 class _Peer:
+    machine: str
+    chosen: bool
+    since: float
     status: Status | None = None
     status_at: float = -1e9
     asked_status_at: float = -1e9
@@ -145,8 +150,7 @@ class _Peer:
     not_before: float = -1e9
     #: In a row, by kind: a peer that only tells its status answers nothing.
     failures: Counter[str] = field(default_factory=Counter)
-    #: Downloads in a row that it led and that did not end with the tip that it claimed, and the last such claim.
-    vain: int = 0
+    #: The last claim of a download that it led and that did not end with the tip that it claimed.
     tried: Status | None = None
     #: The last of them ended without a tip that it claimed: its claims keep no miner waiting.
     is_doubted: bool = False
@@ -156,6 +160,8 @@ class _Peer:
     asked_tip_at: float = -1e9
     #: How often, since its tip was one that we have.
     asked_tips: int = 0
+    #: Downloads that ended because it had no more what it had listed.
+    excuses: int = 0
     #: Until then it is no lead: its history proved too little.
     declined_until: float = -1e9
     #: Since when its tips have been unknown here, without a break; None if the last one is known.
@@ -185,13 +191,13 @@ class SyncStatistics:
 class Sync:
     """The state of one node's sync.
 
-    Mutable fields: ``_peers`` (by peer id), ``_download``, ``_missing`` (hashes that shares wait for), ``_is_ready``
-    (miners may be served; stays once it is true), ``_alone_since`` and ``_connected_since`` (when the last peer left
-    and the first came) with ``_has_heard`` (whether any has told a status since), ``_gained_at`` (when a download
-    last brought a share into the chain), ``unkept``, ``forgers``, ``foreign_locator`` with ``foreign_lead`` and
-    ``held``, and ``why_ready``. Invariant: a batch of the download is with one peer, has arrived, or can be asked
-    for; the lead is a peer. An answer counts while its request is under way: not after its peer left, even if it came
-    back.
+    Mutable fields: ``_peers`` (by peer id), ``_download``, ``_missing`` (hashes that shares wait for), ``_vain``
+    (downloads in vain by machine) and ``_started`` (how many there were), ``_is_ready`` (miners may be served; stays
+    once it is true), ``_alone_since`` and ``_connected_since`` (when the last peer left and the first came) with
+    ``_has_heard`` (whether any has told a status since), ``_gained_at`` (when a download last brought a share into
+    the chain), ``unkept``, ``forgers``, ``foreign_locator`` with ``foreign_lead`` and ``held``, and ``why_ready``.
+    Invariant: a batch of the download is with one peer, has arrived, or can be asked for; the lead is a peer. An
+    answer counts while its request is under way: not after its peer left, even if it came back.
     """
 
     def __init__(self, *, uncle_depth: int, expects_peers: bool, now: float) -> None:
@@ -212,6 +218,8 @@ class Sync:
         self._connected_since = now
         self._has_heard = True
         self._gained_at = now
+        self._vain: dict[str, int] = {}
+        self._started = 0
         #: Leads whose downloads ended without the tip that they claimed, since this was read last.
         self.unkept: list[str] = []
         #: Locator of the history that is built aside; empty if there is none.
@@ -226,15 +234,22 @@ class Sync:
 
     # -- what happened -----------------------------------------------------------------------------------------
 
-    def connected(self, peer: str, now: float) -> None:
-        """A peer is there."""
+    def connected(self, peer: str, now: float, *, machine: str = "", chosen: bool = False) -> None:
+        """A peer is there.
+
+        Args:
+            peer: its id.
+            now: seconds, as everywhere here.
+            machine: what its downloads in vain are remembered by, since ids are free: its address.
+            chosen: we called it.
+        """
         if not self._peers and self._has_heard:  # one that comes and goes in silence starts no new wait
             self._connected_since, self._has_heard = now, False
-        self._peers.setdefault(peer, _Peer())
+        self._peers.setdefault(peer, _Peer(machine=machine or peer, chosen=chosen, since=now))
 
     def gone(self, peer: str, now: float) -> None:
         """A peer has left; what it was asked for is asked of others."""
-        self._peers.pop(peer, None)
+        state = self._peers.pop(peer, None)
         if not self._peers and self._has_heard:
             self._alone_since = now
         download = self._download
@@ -244,6 +259,7 @@ class Sync:
             if batch.asked == peer:
                 batch.asked = None
         if download.lead == peer:
+            self._note_vain(state)
             self._download = None
 
     def told(self, peer: str, status: Status, now: float) -> None:
@@ -323,7 +339,8 @@ class Sync:
         if len(known) < len(shares) or not known:
             batch.without.add(ask.peer)
             if ask.peer == ask.download.lead:  # it listed what it has no more: a reorg or its pruning, once or twice
-                if self._peers[ask.peer].vain >= MAX_EXCUSES:
+                self._peers[ask.peer].excuses += 1
+                if self._peers[ask.peer].excuses > MAX_EXCUSES:
                     self.unkept.append(ask.peer)
                 self._drop_download(now)
             return []
@@ -457,7 +474,8 @@ class Sync:
             self.why_ready = "no peer answers, going on alone" if self._expects_peers else "nobody to call"
         else:
             believes = now - max(self._gained_at, self._connected_since) < NO_GAIN_S
-            peers = [state for state in self._peers.values() if now >= state.declined_until]
+            # Whose history proved less than ours has nothing to tell; with no share of our own it may be our clock.
+            peers = [state for state in self._peers.values() if now >= state.declined_until or chain.tip is None]
             heard = [state.status for state in peers if state.status is not None]
             believed = [state.status for state in peers if state.status is not None and not state.is_doubted]
             work = 0 if chain.tip is None else chain.tip.total_work
@@ -516,6 +534,14 @@ class Sync:
 
     def _start(self, lead: str, status: Status, now: float, *, foreign: bool) -> None:
         self._download = Download(lead=lead, status=status, foreign=foreign, started_at=now, rate_from=(now, 0))
+        self._started += not foreign
+
+    def _note_vain(self, lead: _Peer | None) -> None:
+        """A download did not end with the tip that its lead claimed."""
+        if lead is not None:
+            self._vain[lead.machine] = self._vain.pop(lead.machine, 0) + 1
+            if len(self._vain) > MAX_VAIN:
+                del self._vain[next(iter(self._vain))]
 
     def _drop_download(self, now: float) -> None:
         assert self._download is not None
@@ -523,7 +549,7 @@ class Sync:
         if lead is not None:
             lead.not_before = now + COOLDOWN_S
             lead.tried = lead.status  # what it claimed is no reason to try again; its next status may be
-            lead.vain += 1
+            self._note_vain(lead)
             lead.must_locate = False
         self._download = None
 
@@ -552,7 +578,7 @@ class Sync:
     def _best_lead(self, chain: Sharechain, now: float, *, besides: str | None = None) -> str | None:
         """Whose chain to fetch: the most work claimed, among those whose claims were least often in vain."""
         work = -1 if chain.tip is None else chain.tip.total_work
-        best: tuple[tuple[int, int], str] | None = None
+        best: tuple[tuple[float, ...], str] | None = None
         for peer, state in self._peers.items():
             status = state.status
             if status is None or not any(status.tip) or status.tip in chain:
@@ -565,7 +591,10 @@ class Sync:
                 continue
             wanted = state.must_locate or (status.total_work > work and not self._is_near(status, chain))
             wanted = wanted or (state.strange_since is not None and now - state.strange_since >= STRANGE_S)
-            rank = (-state.vain, status.total_work)
+            # Every other time it is not the claim that decides: claiming is free, staying is not.
+            by_claim = self._started % 2 == 0
+            merit = (float(status.total_work), state.chosen) if by_claim else (-state.since, state.chosen)
+            rank = (-self._vain.get(state.machine, 0), *merit)
             if wanted and (best is None or rank > best[0]):
                 best = (rank, peer)
         return None if best is None else best[1]
@@ -580,7 +609,8 @@ class Sync:
         lead = self._peers[download.lead]
         if download.status.tip in chain or (chain.tip and chain.tip.total_work >= download.status.total_work):
             lead.must_locate = False  # in the second case its chain moved on, to one that is no worse
-            lead.vain, lead.is_doubted = 0, False
+            lead.is_doubted = False
+            self._vain.pop(lead.machine, None)
             self._download = None
             return
         # Its chain moved on meanwhile, or its tip waits for its time; else it does not lead to the tip that it claimed.

@@ -437,14 +437,14 @@ class Stranger:
         """Ask a node something."""
         return await self.transport.request(member.transport.peer_id, protocol, encode_message(message), 20.0)
 
-    def claims(self, *, tip: bytes, height: int, total_work: int) -> None:
+    def claims(self, *, tip: bytes, height: int, total_work: int, block_hash: bytes = bytes(32)) -> None:
         """Answer statuses so from now on."""
         status = Status(
             tip=tip,
             height=height,
             total_work=total_work,
             listen_port=0,
-            block_hash=bytes(32),
+            block_hash=block_hash,
             block_height=0,
             software="stranger",
         )

@@ -304,7 +304,6 @@ class SimulatedTransport:
             if waiting.answer is None:
                 raise PeerError("timeout", f"no answer in {timeout_s:g} s")
             if len(waiting.answer) > MAX_FRAME[protocol][1]:
-                self._blame(peer_id, f"an answer of {len(waiting.answer)} bytes")
                 raise PeerError("frame", f"an answer has at most {MAX_FRAME[protocol][1]} bytes")
             return waiting.answer
 

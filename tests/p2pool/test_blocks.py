@@ -102,6 +102,20 @@ async def test_the_share_waits_for_the_answer_but_not_for_long(tmp_path: Path) -
     desk.directory.close()
 
 
+async def test_a_block_of_another_node_is_not_kept_on_disk(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(desk.submitter.run, [])
+        desk.submitter.submit(BLOCK, lambda: desk.backend.log.append("passed on"), is_ours=False)
+        await until(lambda: "passed on" in desk.backend.log)
+        assert desk.directory.kept_blocks() == []
+        desk.backend.answers.set()
+        await until(lambda: bool(desk.answers))
+        assert desk.answers == [(BLOCK.block_hash, "", BLOCK)]
+        nursery.cancel_scope.cancel()
+    desk.directory.close()
+
+
 async def test_a_disk_that_takes_nothing_does_not_end_a_submission(tmp_path: Path) -> None:
     desk = Desk(tmp_path)
     (tmp_path / "blocks").write_text("a file where the directory should be: nothing can be kept")

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import trio
+from libp2p.custom_types import TProtocol
 from libp2p.network.stream.exceptions import StreamError
 
 from p2pool.errors import ConfigError, PeerError
-from p2pool.p2p import SYNC, Link, Traffic
-from p2pool.p2p.frames import encode_frame
+from p2pool.p2p import BLOCK, SYNC, Link, Traffic
+from p2pool.p2p.frames import Room, encode_frame
 from p2pool.p2p.hardening import HardenedHost, open_host, run_host
 from p2pool.p2p.host import MAX_STREAMS, Deadlines, Libp2pTransport, Limits
 from p2pool.p2p.lan import follow_lan
@@ -94,20 +95,22 @@ def test_requests_come_byte_by_byte_or_several_at_once() -> None:
     WORLD.run(main)
 
 
-def test_a_peer_has_so_many_streams_and_gets_them_back() -> None:
+@pytest.mark.parametrize("protocol", [SYNC, BLOCK])
+def test_a_peer_has_so_many_streams_and_gets_them_back(protocol: str) -> None:
     async def main() -> None:
         async with attacked() as (transport, handler, host):
+            name = PROTOCOL.replace(SYNC, protocol)
             for _ in range(2):
-                streams = [await host.new_stream(transport.peer_id, PROTOCOL) for _ in range(MAX_STREAMS)]
+                streams = [await host.new_stream(transport.peer_id, name) for _ in range(MAX_STREAMS[protocol])]
                 for stream in streams:
                     await stream.write(encode_frame(b"here"))
                     assert await stream.read(1000) == encode_frame(b"here")
                 with suppress(PeerError):  # Refused at the opening, or at the first use.
-                    await wait_end(await host.new_stream(transport.peer_id, PROTOCOL))
+                    await wait_end(await host.new_stream(transport.peer_id, name))
                 for stream in streams:
                     await stream.close()
                     await wait_end(stream)
-            assert len(handler.requests) == 2 * MAX_STREAMS
+            assert len(handler.requests) == 2 * MAX_STREAMS[protocol]
 
     WORLD.run(main)
 
@@ -128,6 +131,39 @@ def test_whoever_does_not_end_its_request_or_read_its_answer_is_slow() -> None:
             reading = await host.new_stream(transport.peer_id, PROTOCOL)
             await reading.write(encode_frame(b""))
             await until(lambda: handler.blames == [(host.peer_id, "slow")] * 2)
+
+    WORLD.run(main)
+
+
+def test_whoever_fills_the_room_for_requests_loses_one_and_is_slow() -> None:
+    async def main() -> None:
+        async with attacked() as (transport, handler, host):
+            transport._room = Room(50_000)
+            begun = [await host.new_stream(transport.peer_id, PROTOCOL) for _ in range(2)]
+            for stream in begun:
+                await stream.write(encode_frame(bytes(30_000))[:-1])
+            await until(lambda: handler.blames == [(host.peer_id, "slow")])
+            await wait_end(begun[1])
+            await begun[0].write(b"\0")
+            await until(lambda: handler.requests == [(host.peer_id, SYNC, bytes(30_000))])
+            assert transport._room.size == 0
+            assert len(handler.blames) == 1
+
+    WORLD.run(main)
+
+
+def test_a_second_answer_is_an_error_and_blaming_it_is_left_to_whoever_asked() -> None:
+    async def main() -> None:
+        async with attacked() as (transport, handler, host):
+
+            async def answer_twice(stream: Any) -> None:
+                await stream.read(1000)
+                await stream.write(encode_frame(b"one") + encode_frame(b"two"))
+                await wait_end(stream)
+
+            host.host.set_stream_handler(TProtocol(PROTOCOL), answer_twice)
+            assert await rule_of(transport.request(host.peer_id, SYNC, b"", TIMEOUT_S)) == "frame"
+            assert handler.blames == []
 
     WORLD.run(main)
 
@@ -157,7 +193,7 @@ def test_a_request_that_takes_too_long_to_serve_gives_its_stream_back() -> None:
                 return request
 
             second.answer = answer
-            for _ in range(2 * MAX_STREAMS):
+            for _ in range(2 * MAX_STREAMS[SYNC]):
                 assert await rule_of(one.request(two.peer_id, SYNC, b"slow", TIMEOUT_S)) == "gone"
             assert await one.request(two.peer_id, SYNC, b"", TIMEOUT_S) == b""
             assert first.blames == second.blames == []
@@ -206,13 +242,71 @@ def test_a_node_of_another_network_is_refused() -> None:
     WORLD.run(main)
 
 
+class Asker(Recorder):
+    """Asks each peer at once when it is there, as a node does."""
+
+    def __init__(self, transport: Libp2pTransport, nursery: trio.Nursery) -> None:
+        super().__init__()
+        self._transport = transport
+        self._nursery = nursery
+        self.rules: list[str] = []
+
+    def opened(self, link: Link) -> bool:
+        self._nursery.start_soon(self._ask, link.peer_id)
+        return super().opened(link)
+
+    async def _ask(self, peer_id: str) -> None:
+        try:
+            await self._transport.request(peer_id, SYNC, b"first", TIMEOUT_S)
+        except PeerError as error:
+            self.rules.append(error.rule)
+
+
+def test_a_node_of_another_network_is_refused_also_if_it_is_asked_at_once() -> None:
+    async def main() -> None:
+        one, two = WORLD.transport(1), WORLD.transport(2, network_id=b"other")
+        async with running(two), trio.open_nursery() as nursery:
+            asker = Asker(one, nursery)
+            await nursery.start(one.run, asker)
+            assert await rule_of(one.connect(two.addresses[0])) == "refused"
+            await until(lambda: not one.links and bool(asker.rules))
+            assert asker.closings == [two.peer_id]
+            nursery.cancel_scope.cancel()
+
+    WORLD.run(main)
+
+
+def test_a_call_ends_before_the_first_answer_is_there() -> None:
+    async def main() -> None:
+        one, two = WORLD.transport(1), WORLD.transport(2)
+        async with running(two) as (second,), trio.open_nursery() as nursery:
+
+            async def answer(request: bytes) -> bytes:
+                await released.wait()
+                return request
+
+            released, second.answer = trio.Event(), answer
+            asker = Asker(one, nursery)
+            await nursery.start(one.run, asker)
+            assert await one.connect(two.addresses[0]) == two.peer_id
+            released.set()
+            assert await one.request(two.peer_id, SYNC, b"second", TIMEOUT_S) == b"second"
+            assert [request for _, _, request in second.requests] == [b"first", b"second"]
+            assert asker.rules == []
+            nursery.cancel_scope.cancel()
+
+    WORLD.run(main)
+
+
 def test_names_are_looked_up() -> None:
     async def main() -> None:
         one, two = WORLD.transport(1), WORLD.transport(2)
         async with running(one, two):
+            for name in ("nobody.invalid", "a" * 64):
+                address = two.addresses[0].replace("/ip4/127.0.0.1/", f"/dns/{name}/")
+                assert await rule_of(one.connect(address)) == "unreachable"
             address = two.addresses[0].replace("/ip4/127.0.0.1/", "/dns4/localhost/")
             assert await one.connect(address) == two.peer_id
-            assert await rule_of(one.connect(f"/dns/nobody.invalid/tcp/1/p2p/{'1' * 52}")) == "unreachable"
 
     WORLD.run(main)
 
@@ -282,6 +376,7 @@ def test_listening_everywhere_names_each_interface() -> None:
             for address in one.addresses:
                 assert "/0.0.0.0/" not in address
                 assert address.endswith(f"/p2p/{one.peer_id}")
+            assert one.addresses is one.addresses  # Kept: finding them out takes long.
             assert await two.connect(one.addresses[0]) == one.peer_id
             (link,) = two.links
             assert link == Link(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from pathlib import Path
 
@@ -46,3 +48,43 @@ def test_an_identity_that_cannot_be_made_is_the_operators_error(tmp_path: Path) 
         load_identity(path)
     with pytest.raises(ConfigError, match=re.escape(str(tmp_path))):
         load_identity(tmp_path)
+
+
+def test_what_a_killed_start_has_left_is_no_obstacle(tmp_path: Path) -> None:
+    path = tmp_path / "identity"
+    (tmp_path / "identity.new").write_bytes(b"half")
+    assert len(load_identity(path)) == SEED_BYTES
+    assert [entry.name for entry in tmp_path.iterdir()] == ["identity"]
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP])
+def test_a_file_system_without_hard_links_holds_an_identity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def link(source: Path, target: Path) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", link)
+    path = tmp_path / "identity"
+    seed = load_identity(path)
+    assert load_identity(path) == seed
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [entry.name for entry in tmp_path.iterdir()] == ["identity"]
+
+
+def test_a_file_system_without_modes_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = os.fstat
+
+    def fstat(descriptor: int) -> os.stat_result:
+        mode, *others = whole(descriptor)
+        return os.stat_result((mode | 0o777, *others))
+
+    path = tmp_path / "identity"
+    load_identity(path)
+    assert not caplog.messages
+    monkeypatch.setattr(os, "fstat", fstat)
+    assert len(load_identity(path)) == SEED_BYTES
+    assert f"the identity {path} may be open to others (mode 777)" in caplog.text
+    assert [entry.name for entry in tmp_path.iterdir()] == ["identity"]

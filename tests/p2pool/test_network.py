@@ -9,20 +9,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import plyvel
 import pytest
 import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from p2pool.bitcoin_backend import SubmitResult
+from p2pool.database import open_copy
 from p2pool.errors import PeerError
-from p2pool.p2p import SYNC
+from p2pool.p2p import BLOCK, SYNC, Gossip
 from p2pool.p2p.peers import PeerLimits
-from p2pool.p2p.sync import ALONE_AFTER_S
-from p2pool.p2p.wire import Status, encode_gossip
+from p2pool.p2p.sync import ALONE_AFTER_S, NO_GAIN_S
+from p2pool.p2p.wire import Blocks, BlocksAfter, Status, encode_gossip
+from p2pool.relay import BlockRelay
+from p2pool.report import load_chain
+from sharechain.errors import StoreError
 from sharechain.hasher import sha256d
+from sharechain.params import Params
 from sharechain.share import Share, decode_share
 from tests.builders import forged_under, mine, miner_script
-from tests.p2pool.fakebitcoin import FakeBitcoin
+from tests.p2pool import fleet as fleet_module
+from tests.p2pool.fakebitcoin import BITS, FakeBitcoin
 from tests.p2pool.fleet import (
     TWO_ROUNDS_S,
     Fleet,
@@ -35,11 +43,13 @@ from tests.p2pool.fleet import (
     now,
     verified,
 )
-from tests.p2pool.network import ANYBODY_SCRIPT, PARAMS, Rig, is_any_block, pay, solved_block
+from tests.p2pool.network import ANYBODY_SCRIPT, PARAMS, START, Rig, is_any_block, pay, solved_block
 from tests.p2pool.simulated import address_of, peer_id_of, simulate
 
 #: A window so short that two of them and the margin, all that a node keeps, are soon mined.
 BRIEF = PARAMS.with_overrides({"name": "brief", "window_max_shares": 10})
+#: One that is longer than what the tests mine: nothing is pruned.
+WIDE = PARAMS.with_overrides({"name": "wide", "window_max_shares": 200})
 
 
 def run(main: Callable[[Path], Awaitable[None]], *, schedule: int = 0) -> None:
@@ -518,6 +528,214 @@ def test_a_network_that_stood_still_for_a_day_goes_on(clean: bool) -> None:
     run(main)
 
 
+# -- clocks --------------------------------------------------------------------------------------------------
+
+
+class WallClock:
+    """A node's clock that is wrong by so many seconds, or stands still."""
+
+    def __init__(self, wrong_s: float = 0.0, *, stands: bool = False) -> None:
+        self.wrong_s = wrong_s
+        self.stands = stands
+
+    def __call__(self) -> float:
+        return (START if self.stands else now()) + self.wrong_s
+
+
+async def start_by(nodes: Fleet, number: int, clock: WallClock, **options: Any) -> Member:
+    """Start a node that has a clock of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fleet_module, "now", clock)
+        return await nodes.start(number, **options)
+
+
+@pytest.fixture(scope="module")
+def long_history(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What nodes have of a network with a longer window: several batches of a download."""
+    return make_history(tmp_path_factory.mktemp("long"), PARAMS, 700)
+
+
+@pytest.fixture(scope="module")
+def whole_history(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As long, and nothing is pruned."""
+    return make_history(tmp_path_factory.mktemp("whole"), WIDE, 700)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stands", [False, True], ids=["it goes", "it stands"])
+@pytest.mark.parametrize(
+    ("data", "params", "behind_s"),
+    [
+        ("whole_history", WIDE, 400.0),
+        ("long_history", PARAMS, 400.0),
+        ("history", BRIEF, 170.0),
+        ("history", BRIEF, 3_600.0),
+    ],
+    ids=["in all", "in a pruned history", "in a short one", "before it"],
+)
+def test_a_newcomer_whose_clock_is_behind_serves_nobody_and_has_the_chain_once_it_is_right(
+    data: str,
+    params: Params,
+    behind_s: float,
+    stands: bool,
+    request: pytest.FixtureRequest,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 1, seed=21, params=params, data=request.getfixturevalue(data)) as nodes:
+            await nodes.ready()
+            clock = WallClock(-behind_s, stands=stands)
+            fresh = await start_by(nodes, 2, clock, calls=(1,))
+            await trio.sleep(60)
+            assert fresh.height < nodes[1].height
+            assert not serves(fresh)
+            clock.wrong_s, clock.stands = 0.0, False
+            await nodes.until(lambda: fresh.network.is_ready, 30)
+            assert fresh.tip == nodes[1].tip
+            assert nodes.faults() == {}
+
+    run(main)
+    assert any("ahead of our clock" in record.getMessage() for record in caplog.records), caplog.messages
+
+
+@pytest.mark.slow
+def test_a_newcomer_whose_clock_stays_wrong_does_not_wait_for_ever(history: Path) -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 1, seed=21, params=BRIEF, data=history) as nodes:
+            await nodes.ready()
+            fresh = await start_by(nodes, 2, WallClock(-86_400.0), calls=(1,))
+            await trio.sleep(NO_GAIN_S - 5)
+            assert not serves(fresh)
+            await nodes.until(lambda: serves(fresh), 10)
+
+    run(main)
+
+
+@pytest.mark.slow
+def test_a_step_of_the_wall_clock_makes_no_newcomer_ready(history: Path) -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 1, seed=22, params=BRIEF, data=history) as nodes:
+            await nodes.ready()
+            clock = WallClock()
+            fresh = await start_by(nodes, 2, clock, calls=(1,))
+            await nodes.until(lambda: fresh.network.sync.download is not None, 10)
+            assert fresh.tip == b""
+            clock.wrong_s = 3_600.0
+            await nodes.until(lambda: fresh.network.is_ready, 60)
+            assert fresh.tip == nodes[1].tip
+
+    run(main)
+
+
+# -- disks ---------------------------------------------------------------------------------------------------
+
+
+class FullDisk:
+    """A database that takes so many writes not, and then all again: somebody has made room."""
+
+    def __init__(self, database: Any, *, refuses: int) -> None:
+        self._database = database
+        self._refuses = refuses
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._database, name)
+
+    def write_batch(self, **options: Any) -> Any:
+        self._refuses -= 1
+        return FullBatch() if self._refuses >= 0 else self._database.write_batch(**options)
+
+
+class FullBatch:
+    def put(self, key: bytes, value: bytes) -> None:
+        pass
+
+    def delete(self, key: bytes) -> None:
+        pass
+
+    def write(self) -> None:
+        raise plyvel.IOError("No space left on device")
+
+
+def leaves(error: BaseException) -> list[BaseException]:
+    """The errors in a group, however deep."""
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for part in error.exceptions for leaf in leaves(part)]
+    return [error]
+
+
+@pytest.mark.slow
+def test_a_store_that_fails_while_gossip_is_judged_ends_the_node_and_what_is_stored_loads() -> None:
+    left: list[Path] = []
+
+    async def main(path: Path) -> None:
+        async with fleet(path, 2, seed=23) as nodes:
+            await nodes.ready()
+            nodes.mine(1)
+            await nodes.settle()
+            judge = nodes[2].network.gossip
+
+            def gossip(message: Gossip) -> bool:
+                try:  # as the transport does: a peer must not end the node
+                    return judge(message)
+                except StoreError:
+                    return False
+
+            nodes[2].network.gossip = gossip  # type: ignore[method-assign]
+            await nodes.until(lambda: not nodes[2].node._unsynced, 5)
+            database = nodes[2].directory.store._database
+            database._db = FullDisk(database._db, refuses=1)  # type: ignore[attr-defined]
+            left.append(nodes[2].path)
+            for _ in range(3):
+                nodes.mine(1)
+                await trio.sleep(0.01)
+            await trio.sleep(30)
+
+    with tempfile.TemporaryDirectory(prefix="p2pool-test-") as path:
+        with pytest.raises(BaseExceptionGroup) as ended:
+            simulate(main, Path(path))
+        assert ["No space left" in str(error) for error in leaves(ended.value)] == [True]
+        with open_copy(left[0]) as (params, store):
+            assert len(load_chain(params, store)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["peers.json", "status.json"])
+def test_what_is_kept_for_convenience_and_cannot_be_written_does_not_end_the_node(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 2, seed=24) as nodes:
+            await nodes.ready()
+            file = nodes[2].path / name
+            file.unlink(missing_ok=True)
+            file.mkdir()
+            await trio.sleep(70)
+            nodes.mine(2)
+            await nodes.settle()
+            nodes.assert_agreed()
+
+    run(main)
+    said = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert 1 <= len(said) <= 8, "it is told, and not again and again"
+
+
+def test_own_shares_that_waited_for_their_bitcoin_block_are_published_when_they_join() -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 2, seed=25) as nodes:
+            await nodes.ready()
+            nodes.mine(1)
+            await nodes.settle()
+            del nodes[1].chain._facts[nodes[1].node.bitcoin_tip()[0]]  # as if Bitcoin had not told it yet
+            share = nodes.mine(1)
+            assert nodes[1].chain.statistics().waiting == 1
+            assert nodes[1].tip != share.hash
+            nodes[2].network.sync.asks = lambda chain, now: []  # type: ignore[method-assign]  # gossip alone
+            await nodes.until(lambda: nodes[2].tip == share.hash, 5)
+            assert nodes[1].tip == share.hash
+
+    run(main)
+
+
 # -- Bitcoin blocks ------------------------------------------------------------------------------------------
 
 
@@ -581,6 +799,94 @@ def test_a_share_on_an_unknown_bitcoin_block_waits_for_it() -> None:
     run(main)
 
 
+@pytest.mark.slow
+def test_a_peer_that_gives_blocks_that_we_have_does_not_hold_up_others() -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 0, seed=26) as nodes:
+            stranger = await quiet_stranger(nodes, 9, block_hash=b"\xaa" * 32)
+            await nodes.start(2, calls=(9,))
+            await nodes.ready()
+            old = await stranger_block(nodes[2])
+            await nodes[2].backend.submit_block(old)
+            stranger.answers[BlocksAfter] = lambda _: Blocks(blocks=(old,))
+            await nodes.until(lambda: any(isinstance(heard, BlocksAfter) for heard in stranger.heard), 10)
+            await nodes.start(1, calls=(2,))
+            await nodes.ready()
+            await nodes.until(lambda: nodes[1].node.bitcoin_tip() == nodes[2].node.bitcoin_tip(), 10)
+            fresh = await stranger_block(nodes[1])
+            await nodes[1].backend.submit_block(fresh)  # only this one hears of it
+            await nodes.until(lambda: nodes[2].node.bitcoin_tip()[0] == sha256d(fresh[:80]), 10)
+
+    run(main)
+
+
+class SlowBitcoin(FakeBitcoin):
+    """It takes its time over a block; what the node keeps on disk meanwhile is noted."""
+
+    def __init__(self, directory: Callable[[], Any]) -> None:
+        super().__init__(now)
+        self._directory = directory
+        self.kept: list[Any] = []
+
+    async def submit_block(self, raw: bytes) -> SubmitResult:
+        await trio.sleep(0.1)  # longer than BlockSubmitter's patience
+        self.kept += self._directory().kept_blocks()
+        return await super().submit_block(raw)
+
+
+@pytest.mark.slow
+def test_the_blocks_below_one_that_bitcoin_refuses_late_are_asked_of_its_bearer() -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 0, seed=27) as nodes:
+            bearer = await quiet_stranger(nodes, 9, block_hash=FakeBitcoin.GENESIS)  # its status is no help
+            slow = SlowBitcoin(lambda: nodes[1].directory)
+            node = await nodes.start(1, calls=(9,), backend=slow)
+            await nodes.ready()
+            theirs, relay, blocks = FakeBitcoin(now), BlockRelay(), []
+            for _ in range(2):
+                template = await theirs.block_template()
+                relay.learn(template)
+                blocks.append(solved_block(template, pay(template, ANYBODY_SCRIPT)))
+                await theirs.submit_block(blocks[-1])
+            bearer.answers[BlocksAfter] = lambda _: Blocks(blocks=tuple(blocks))
+            await bearer.ask(node, relay.announcement(blocks[1]), BLOCK)
+            await nodes.until(lambda: node.node.bitcoin_tip()[0] == sha256d(blocks[1][:80]), 10)
+            assert slow.kept == []
+
+    run(main)
+
+
+def on_block(member: Member, block: bytes, salt: int) -> Share:
+    """A share that builds on a Bitcoin block which its node does not know."""
+    chain, options = member.chain, {"block_bits": BITS, "block_height": 2, "salt": salt}
+    return mine(chain, chain.tip, block=block, time=int(now()), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("knows", [1, 2], ids=["our Bitcoin", "that of a peer"])
+def test_bitcoin_blocks_that_do_not_exist_hide_none_that_does(knows: int) -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 2, seed=28) as nodes:
+            await nodes.ready()
+            nodes.mine(1)
+            await nodes.settle()
+            await trio.sleep(5)
+            for number in range(100):
+                nodes[1].node.accept(on_block(nodes[1], number.to_bytes(32, "big"), number))
+            assert len(nodes[1].chain.missing_blocks()) == 100
+            template = await nodes[1].backend.block_template()
+            losing = solved_block(template, pay(template, miner_script(1)))
+            share = on_block(nodes[1], sha256d(losing[:80]), 100)
+            nodes[1].node.accept(share)
+            winning = await stranger_block(nodes[1])
+            for member in nodes.members.values():  # so that nobody's tip leads to the other
+                await member.backend.submit_block(winning)
+            await nodes[knows].backend.submit_block(losing)
+            await nodes.until(lambda: share.hash in nodes[1].chain, 60)
+
+    run(main)
+
+
 async def stranger_block(member: Member) -> bytes:
     """A block on a node's Bitcoin, found by somebody else."""
     template = await member.backend.block_template()
@@ -590,10 +896,10 @@ async def stranger_block(member: Member) -> bytes:
 # -- whose fault it is ---------------------------------------------------------------------------------------
 
 
-async def quiet_stranger(nodes: Fleet, number: int) -> Stranger:
+async def quiet_stranger(nodes: Fleet, number: int, *, block_hash: bytes = bytes(32)) -> Stranger:
     """A peer that has no share."""
     stranger = await nodes.add(Stranger(nodes.net, number))
-    stranger.claims(tip=bytes(32), height=0, total_work=0)
+    stranger.claims(tip=bytes(32), height=0, total_work=0, block_hash=block_hash)
     return stranger
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,6 +23,8 @@ from p2pool.miner import Miner, mine
 from p2pool.node import Node
 from p2pool.report import VerifyReport, load_chain, verify_store
 from p2pool.stratum.server import open_listeners
+from sharechain.chain import Unanchored
+from sharechain.errors import StoreError
 from sharechain.hasher import sha256d
 from sharechain.share import Share
 from tests.builders import miner_script
@@ -744,6 +747,39 @@ async def _found_without_outcome(node: Node, backend: KernelBackend, *, submit: 
         node.accept(block.share())
         nursery.cancel_scope.cancel()
     return block.share()
+
+
+@pytest.mark.slow
+async def test_after_a_write_that_failed_nothing_more_is_written(tmp_path: Path) -> None:
+    directory = DataDirectory(tmp_path, PARAMS)
+    backend = KernelBackend.open(tmp_path / "bitcoin", clock=Clock())
+    node = Node(directory=directory, params=PARAMS, backend=backend, clock=Clock())
+    async with trio.open_nursery() as nursery:
+        await nursery.start(node._follow_bitcoin)
+        rig = Rig(node)
+        waiting, lost = rig.find().share(), rig.find().share()
+        tip = await backend.tip()
+        facts = node.chain._facts.pop(tip.block_hash)  # as if Bitcoin had not told it yet
+        assert isinstance(node.accept(waiting), Unanchored)
+        node.chain._facts[tip.block_hash] = facts
+        whole = os.dup(directory._batches)
+        broken = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(broken, directory._batches)
+        with pytest.raises(StoreError, match="does not take a write"):
+            node.accept(lost)
+        os.dup2(whole, directory._batches)
+        written = directory.store.count()
+        with pytest.raises(StoreError, match="does not take a write"):
+            node.accept(rig.find().share())
+        del node.chain._facts[tip.block_hash]
+        with pytest.raises(StoreError, match="does not take a write"):
+            node._learn(tip)  # the share that waited joins the chain
+        assert directory.store.count() == written
+        nursery.cancel_scope.cancel()
+    for descriptor in (whole, broken):
+        os.close(descriptor)
+    backend.close()
+    directory.close()
 
 
 async def test_a_stopped_node_leaves_no_port_and_no_lock(tmp_path: Path) -> None:

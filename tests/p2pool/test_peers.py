@@ -119,6 +119,7 @@ def test_an_address_has_one_form(text: str, canonical: str | None) -> None:
         (f"/dns/a b/tcp/1/p2p/{peer(1)}", "no name for the DNS"),
         (f"/dns/-a.example/tcp/1/p2p/{peer(1)}", "no name for the DNS"),
         (f"/dns/{'a' * 64}.example/tcp/1/p2p/{peer(1)}", "no name for the DNS"),
+        (f"/dns/example.{'a' * 64}/tcp/1/p2p/{peer(1)}", "no name for the DNS"),
         (at("8.8.8.8", 1)[:-1], "no peer id"),
         (at("8.8.8.8", 1)[:-1] + "0", "no peer id"),
         (f"/ip4/8.8.8.8/tcp/1/p2p/{base58(bytes([0x11, 0x20]) + bytes(32))}", "no peer id"),

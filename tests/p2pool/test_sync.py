@@ -155,9 +155,9 @@ class World:
         for peer in remotes:
             self.join(peer)
 
-    def join(self, peer: str) -> None:
+    def join(self, peer: str, machine: str = "") -> None:
         self.peers.add(peer)
-        self.sync.connected(peer, self.now)
+        self.sync.connected(peer, self.now, machine=machine)
 
     def leave(self, peer: str) -> None:
         if peer in self.peers:
@@ -667,6 +667,43 @@ def test_a_liar_that_comes_under_ever_new_names_does_not_keep_a_node_from_being_
         world.leave(name)
     assert world.is_ready()
     assert world.now - START < NO_GAIN_S + 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_first", [True, False], ids=["before the honest peer", "after it"])
+def test_a_machine_that_lies_under_ever_new_names_does_not_keep_an_honest_peer_from_leading(is_first: bool) -> None:
+    world = World({})
+    names = (f"liar{number}" for number in range(10**9))
+
+    def lie() -> None:
+        name = next(names)
+        world.remotes[name] = answers_nothing_but_status()
+        world.join(name, machine="one machine")
+        world.sync.told(name, world.remotes[name].status(), world.now)
+
+    def fail(ask: Ask) -> None:
+        World.fail(world, ask)
+        if ask.peer in world.peers:
+            world.leave(ask.peer)
+            lie()
+
+    def tell() -> None:
+        """As gossip and statuses do: what it claims is new each time."""
+        extend(world, "peer")
+        world.sync.told("peer", world.remotes["peer"].status(), world.now)
+        world.at(STATUS_INTERVAL_S, tell)
+
+    world.fail = fail  # type: ignore[method-assign]
+    for is_honest in (False, True, False) if is_first else (True, False, False):
+        if is_honest:
+            world.remotes["peer"] = Remote(chain_of(history()))
+            world.join("peer")
+            tell()
+        else:
+            lie()
+    taken_s = world.run(1_800, lambda: len(world.chain) >= len(history()))
+    assert taken_s < 5 * TIMEOUT_S
+    assert len([peer for peer in world.remotes if peer != "peer"]) > 2, "it came under new names"
 
 
 def test_a_claim_that_is_not_kept_is_told() -> None:

@@ -364,9 +364,8 @@ def test_an_answer_may_be_as_large_as_the_protocol_allows_and_no_larger(world: W
 
             second.answer = answer
             assert len(await one.request(two.peer_id, SYNC, b"", TIMEOUT_S)) == limit
-            assert first.blames == []
             assert await rule_of(one.request(two.peer_id, SYNC, b"x", TIMEOUT_S)) == "frame"
-            assert first.blames == [(two.peer_id, "frame")]
+            assert first.blames == []  # That is left to whoever asked.
             assert len(await one.request(two.peer_id, SYNC, b"", TIMEOUT_S)) == limit
 
     world.run(main)
@@ -410,7 +409,7 @@ def test_a_request_that_breaks_the_protocol_gets_no_answer(world: World) -> None
                 return b"good"
 
             second.answer = answer
-            for _ in range(2 * MAX_STREAMS):
+            for _ in range(2 * MAX_STREAMS[SYNC]):
                 assert await rule_of(one.request(two.peer_id, SYNC, b"bad", TIMEOUT_S)) == "gone"
                 assert await one.request(two.peer_id, SYNC, b"", TIMEOUT_S) == b"good"
             assert first.blames == second.blames == []
