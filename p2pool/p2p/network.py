@@ -173,7 +173,7 @@ class Network:
         self._save = save
         self.sync = Sync(
             uncle_depth=desk.params.uncle_depth,
-            expects_peers=expects_peers or bool(book.rows(clock())),
+            expects_peers=expects_peers or book.expects_peers,
             now=trio.current_time(),
         )
         self._judge = GossipJudge(desk.params)
