@@ -40,6 +40,7 @@ from p2pool.p2p import SYNC, Gossip, Link
 from p2pool.p2p.network import Network
 from p2pool.p2p.peers import PeerBook, PeerLimits
 from p2pool.report import load_chain
+from sharechain.chain import Accepted, Sharechain
 from sharechain.params import Params, decode_params
 from sharechain.share import Share
 from sharechain.validate import BlockFacts
@@ -93,7 +94,8 @@ def _fill(path: Path, params: Params, count: int) -> int:
         size = 0
         for number, share in enumerate(_shares(chain, count)):
             change = chain.accept(share, time.time())
-            directory.store.write(change, first_seen_ms=0, facts={} if number else facts, sync=False)  # type: ignore[arg-type]
+            assert isinstance(change, Accepted), change
+            directory.store.write(change, first_seen_ms=0, facts={} if number else facts, sync=False)
             directory.note_written()
             size += len(share.encoded)
     finally:
@@ -101,7 +103,7 @@ def _fill(path: Path, params: Params, count: int) -> int:
     return size
 
 
-def _shares(chain: Any, count: int) -> Iterator[Share]:
+def _shares(chain: Sharechain, count: int) -> Iterator[Share]:
     scripts = miner_scripts()
     for miner in winners(count):
         yield mine_share(chain, scripts[miner])
@@ -116,7 +118,7 @@ async def _sync(path: Path, params: Params, address: str, count: int) -> tuple[f
             started = time.perf_counter()
             await nursery.start(node.run, [])
             with trio.fail_after(PATIENCE_S):
-                while node.chain.tip is None or node.chain.tip.height < count - 1:  # noqa: ASYNC110 - a look now and then
+                while node.chain.tip is None or node.chain.tip.height < count - 1:  # noqa: ASYNC110 - a node has no event for it
                     await trio.sleep(0.01)
             seconds = time.perf_counter() - started
             held = len(node.chain)

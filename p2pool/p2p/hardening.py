@@ -544,6 +544,7 @@ class _Tcp(TCP):
         except OSError as error:
             raise OpenConnectionError(f"{maddr}: {error}") from error
 
+    # The library's own classes are narrower than its interfaces say; so are the four more ignored types below.
     def create_listener(self, handler_function: THandler) -> IListener:  # type: ignore[override]
         return _Listener(handler_function, self, self._guard)
 

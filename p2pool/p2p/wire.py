@@ -291,10 +291,10 @@ def decode_gossip(raw: bytes) -> tuple[bytes, ...]:
     values = _loads(raw, 2 + MAX_GOSSIP_SHARES)
     if len(values) != 2:
         raise PeerError("message", "a message of the topic has 2 elements")
-    shares = _list_of(_bytes(1, MAX_SHARE_SIZE), MAX_GOSSIP_SHARES)("shares", values[1])
+    shares: tuple[bytes, ...] = _list_of(_bytes(1, MAX_SHARE_SIZE), MAX_GOSSIP_SHARES)("shares", values[1])
     if not shares or encode_gossip(shares) != raw:
         raise PeerError("message", "no share, or not the canonical encoding")
-    return shares  # type: ignore[no-any-return]
+    return shares
 
 
 def _loads(raw: bytes, most: int) -> list[Any]:

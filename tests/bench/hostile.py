@@ -554,9 +554,8 @@ async def false_addresses(world: World) -> None:
 # Claims
 
 
-@attack
-async def endless_chain(world: World) -> None:
-    """Claims 2^255 work, and lists hashes without end."""
+async def _claim_much(world: World, give: Callable[[], bytes | None]) -> None:
+    """Claim 2^255 work, and list hashes without end; ``give`` makes what is given for each."""
 
     def located(_: Any) -> Located:
         hashes = tuple(os.urandom(32) for _ in range(MAX_LOCATED))
@@ -565,29 +564,23 @@ async def endless_chain(world: World) -> None:
     def claim(_: Any) -> Status:
         return status(tip=os.urandom(32), height=10**6, total_work=2**255)
 
+    def shares(request: Any) -> Shares:
+        return Shares(shares=tuple(give() for _ in request.hashes))
+
     world.seconds = max(world.seconds, 60)
-    answers = {Status: claim, Locate: located, GetShares: lambda request: Shares(shares=(None,) * len(request.hashes))}
-    await world.liar(answers=answers)
+    await world.liar(answers={Status: claim, Locate: located, GetShares: shares})
+
+
+@attack
+async def endless_chain(world: World) -> None:
+    """Claims 2^255 work, lists hashes without end, and has no share."""
+    await _claim_much(world, lambda: None)
 
 
 @attack
 async def garbage_history(world: World) -> None:
     """The same, with bytes for shares."""
-
-    def located(_: Any) -> Located:
-        hashes = tuple(os.urandom(32) for _ in range(MAX_LOCATED))
-        return Located(hashes=hashes, identities=hashes)
-
-    def claim(_: Any) -> Status:
-        return status(tip=os.urandom(32), height=10**6, total_work=2**255)
-
-    world.seconds = max(world.seconds, 60)
-    answers = {
-        Status: claim,
-        Locate: located,
-        GetShares: lambda request: Shares(shares=tuple(os.urandom(500) for _ in request.hashes)),
-    }
-    await world.liar(answers=answers)
+    await _claim_much(world, lambda: os.urandom(500))
 
 
 @attack
@@ -919,7 +912,7 @@ async def run(names: list[str], seconds: float, scratch: Path, show: Callable[[R
             for node in cluster.nodes:
                 code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import hostile; "
                 code += f"hostile.run_probe({node.stratum_port}, {str(scratch / f'probe{node.number}')!r})"
-                probes.append(subprocess.Popen([sys.executable, "-c", code]))  # noqa: ASYNC220
+                probes.append(subprocess.Popen([sys.executable, "-c", code]))  # noqa: ASYNC220 - an instant; what it runs is waited for elsewhere
             world = World(node=cluster.nodes[0], honest=cluster.nodes[1], seconds=seconds)
             probe = scratch / "probe1"
             await cluster.wait_until(lambda: probe.exists() and probe.stat().st_size > 500, 60, "the miner")

@@ -35,6 +35,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any, TypeVar
 
@@ -472,7 +473,7 @@ class SimulatedTransport:
                 continue
             other = end.other
             for _ in range(2 if dice.random() < self._net.duplication else 1):
-                self._send(other, lambda other=other: other._on_gossip(self, author, payload))  # type: ignore[misc]
+                self._send(other, partial(other._on_gossip, self, author, payload))
 
     def _answer(self, asker: SimulatedTransport, number: int, answer: bytes | None) -> None:
         self._sent += len(answer or b"")

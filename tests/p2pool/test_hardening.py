@@ -122,7 +122,7 @@ async def serving(
 
 async def until(condition: Callable[[], object]) -> None:
     with trio.fail_after(PATIENCE_S):
-        while not condition():  # noqa: ASYNC110
+        while not condition():  # noqa: ASYNC110 - what moves is in the library
             await trio.sleep(0.005)
 
 
