@@ -15,6 +15,23 @@ class BackendError(P2PoolError):
     """The Bitcoin node's, or its connection's: it cannot be opened, reached or understood."""
 
 
+class BackendRefusal(BackendError):
+    """The Bitcoin node understood and refuses: asking again changes nothing before somebody does something.
+
+    Arguments:
+        code: of the JSON-RPC error, or the HTTP status.
+        message: what the node said, and what the operator should do.
+    """
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(code, message)
+        self.code = code
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
 class StratumError(P2PoolError):
     """A miner's: the answer to one request is an error; the session goes on.
 

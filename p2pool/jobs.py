@@ -50,6 +50,8 @@ class Work:
     share_target: int
     #: Unix seconds: the header time that jobs start from, after everything that it must be after.
     time: int
+    #: Compact target that Bitcoin demands at that time.
+    bits: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +132,7 @@ def next_work(chain: Sharechain, template: BlockTemplate, now: float) -> Work:
         max_bits=max_bits,
         share_target=easiest_target(chain.params, parent, max_bits, time),
         time=time,
+        bits=template.bits_at(time),
     )
 
 
@@ -169,9 +172,9 @@ def build_job(
         value=template.coinbase_value,
         payout_class=payout_class,
         max_bits=data.max_bits,
-        block_bits=template.bits,
+        block_bits=work.bits,
     )
-    script_head = bip34_push(template.height) + COINBASE_TAG
+    script_head = bip34_push(template.height) + COINBASE_TAG + template.coinbase_aux
     commitment = share_commitment(params.network_id, data)
     return Job(
         job_id=job_id,
@@ -182,7 +185,7 @@ def build_job(
         coinb2=coinbase_tail(payouts, payout_script, template.witness_commitment, commitment),
         script_head=script_head,
         share_target=bits_to_target(bits),
-        block_target=block_target(params, data.max_bits, template.bits),
+        block_target=block_target(params, data.max_bits, work.bits),
     )
 
 
@@ -276,7 +279,7 @@ class JobBook:
             previous_block_hash=template.previous_block_hash,
             merkle_root=fold_coinbase(coinbase, template.merkle_branch),
             time=time,
-            bits=template.bits,
+            bits=job.work.bits,
             nonce=nonce,
         )
         return Candidate(

@@ -328,7 +328,7 @@ class Node:
                 coinb2=job.coinb2,
                 branch=template.merkle_branch,
                 version=template.version,
-                bits=template.bits,
+                bits=job.work.bits,
                 time=job.work.time,
                 share_target=job.share_target,
                 block_target=job.block_target,
@@ -455,9 +455,8 @@ class Node:
         self.server.broadcast(clean=clean)
 
     def _learn(self, facts: HeaderFacts) -> None:
-        change = self.chain.learn_block(
-            facts.block_hash, BlockFacts(height=facts.height, next_bits=facts.next_bits), self._clock()
-        )
+        known = BlockFacts(height=facts.height, next_bits=facts.next_bits, late=facts.late)
+        change = self.chain.learn_block(facts.block_hash, known, self._clock())
         if isinstance(change, Accepted):
             self._record(change)
 

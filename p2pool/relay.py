@@ -411,9 +411,10 @@ def _check_header(header: bytes, block_hash: bytes, facts: HeaderFacts | None) -
         return target
     if header[4:36] != facts.block_hash:
         raise ValueError("the facts are those of another block than the parent")
-    if bits != facts.next_bits:
-        raise _fault(f"its bits are {bits:#010x}, Bitcoin demands {facts.next_bits:#010x}")
-    if int.from_bytes(header[68:72], "little") <= facts.median_time:
+    time = int.from_bytes(header[68:72], "little")
+    if bits != (wanted := facts.bits_at(time)):
+        raise _fault(f"its bits are {bits:#010x}, Bitcoin demands {wanted:#010x}")
+    if time <= facts.median_time:
         raise _fault("its time is not after the median of the blocks before it")
     return target
 

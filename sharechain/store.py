@@ -7,7 +7,7 @@ Keys (``docs/reference/store.md``):
     m/short                    there while history is short: begun on trust, and not as long as pruning leaves it
     s + hash                   a share: [encoding, first seen (Unix ms), outcome as a Bitcoin block or null]
     h + height + hash          index by height (8 bytes, big endian)
-    b + block hash             Bitcoin block that shares build on: [height, next bits]
+    b + block hash             Bitcoin block that shares build on: [height, next bits], and [time, bits] of late ones
     t                          hash of the tip
 
 Every value ends with its CRC-32. The database is handed in by whoever may touch the disk; anything with
@@ -151,7 +151,7 @@ class Store:
         outcomes = block_outcomes or {}
         batch = self._database.write_batch(transaction=False, sync=sync)
         for block_hash, fact in (facts or {}).items():
-            batch.put(b"b" + block_hash, _encode([fact.height, fact.next_bits]))
+            batch.put(b"b" + block_hash, _encode_facts(fact))
         for share in change.added:
             record = [share.encoded, first_seen_ms, outcomes.get(share.hash)]
             batch.put(b"s" + share.hash, _encode(record))
@@ -200,7 +200,7 @@ class Store:
             batch.put(_height_key(share.data.height, share.hash), _seal(b""))
             gone -= {key, _height_key(share.data.height, share.hash)}
         for block_hash, fact in facts.items():
-            batch.put(b"b" + block_hash, _encode([fact.height, fact.next_bits]))
+            batch.put(b"b" + block_hash, _encode_facts(fact))
             gone.discard(b"b" + block_hash)
         for key in gone:
             batch.delete(key)
@@ -276,10 +276,7 @@ class Store:
         found = {}
         for key, raw in self._database.iterator(prefix=b"b"):
             where = f"b/{key[1:][::-1].hex()}"
-            value = _decode(where, raw)
-            if type(value) is not list or len(value) != 2 or any(type(part) is not int for part in value):
-                raise StoreError(where, "not a height and a compact target")
-            found[key[1:]] = BlockFacts(height=value[0], next_bits=value[1])
+            found[key[1:]] = _decode_facts(where, raw)
         return found
 
     def tip(self) -> bytes | None:
@@ -321,6 +318,22 @@ def _stored_share(share_hash: bytes, raw: bytes) -> StoredShare:
     if share.hash != share_hash:
         raise StoreError(where, f"the record holds share {share.hash[::-1].hex()}")
     return StoredShare(share=share, first_seen_ms=value[1], block_outcome=value[2])
+
+
+def _encode_facts(facts: BlockFacts) -> bytes:
+    return _encode([facts.height, facts.next_bits, *([] if facts.late is None else [list(facts.late)])])
+
+
+def _decode_facts(where: str, raw: bytes) -> BlockFacts:
+    value = _decode(where, raw)
+    match value:
+        case [int(height), int(next_bits)]:
+            late = None
+        case [int(height), int(next_bits), [int(time), int(bits)]]:
+            late = (time, bits)
+        case _:
+            raise StoreError(where, "not a height and a compact target")
+    return BlockFacts(height=height, next_bits=next_bits, late=late)
 
 
 def _seal(value: bytes) -> bytes:

@@ -11,7 +11,16 @@ from typing import Protocol, runtime_checkable
 
 from p2pool.bitcoin_backend.template import BlockTemplate, HeaderFacts, SubmitResult, TemplateTransaction
 
-__all__ = ["BitcoinBackend", "BlockSource", "BlockTemplate", "HeaderFacts", "SubmitResult", "TemplateTransaction"]
+__all__ = [
+    "BitcoinBackend",
+    "BlockReader",
+    "BlockSource",
+    "BlockTemplate",
+    "HeaderFacts",
+    "HeaderSource",
+    "SubmitResult",
+    "TemplateTransaction",
+]
 
 
 class BitcoinBackend(Protocol):
@@ -67,6 +76,36 @@ class BitcoinBackend(Protocol):
 
     async def aclose(self) -> None:
         """Let go of the node: end connections, write what is due; who waits gets a `BackendError`."""
+
+
+class BlockReader(Protocol):
+    """Reads blocks of the past: what an audit needs of a Bitcoin node. Both methods may raise `BackendError`."""
+
+    async def block(self, block_hash: bytes) -> bytes | None:
+        """Give a whole block, on whatever branch, or None if it is not known (or was pruned away)."""
+
+    async def block_hash_at(self, height: int) -> bytes | None:
+        """Give the hash (internal order) of the best chain's block at a height, or None if it is not that high."""
+
+
+@runtime_checkable
+class HeaderSource(Protocol):
+    """A backend that takes single headers of other nodes.
+
+    A share may build on a Bitcoin block that lost its race so early that our Bitcoin node never heard of it. Such a
+    header has its own proof: what Bitcoin demands of it can be computed from its parent. So nodes of the pool ask
+    each other for it. Both methods may raise `BackendError`.
+    """
+
+    async def header(self, block_hash: bytes) -> bytes | None:
+        """Give a header that is known, on whatever branch, 80 bytes, or None."""
+
+    async def learn_header(self, raw: bytes) -> bool:
+        """Take a header of 80 bytes whose parent is known; `header_facts` knows it from then on.
+
+        Returns: False if its parent is not known, or if it does not have the work, the target and the time that
+            Bitcoin demands after its parent.
+        """
 
 
 @runtime_checkable

@@ -25,6 +25,8 @@ class HeaderFacts:
         block_hash: of the header, 32 bytes, internal order.
         height: of the block in Bitcoin's chain.
         next_bits: the compact target that Bitcoin demands of a block built on this one.
+        late: where difficulty falls when nobody mines (testnet4): the Unix time after which a block built on this one
+            must have another compact target, and that target.
         median_time: median of the times of this block and the ten before it, Unix seconds (BIP113). A block
             built on this one needs a greater time.
     """
@@ -33,6 +35,11 @@ class HeaderFacts:
     height: int
     next_bits: int
     median_time: int
+    late: tuple[int, int] | None = None
+
+    def bits_at(self, time: int) -> int:
+        """Give the compact target that Bitcoin demands of a block built on this one with header time `time`."""
+        return self.next_bits if self.late is None or time <= self.late[0] else self.late[1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +95,8 @@ class BlockTemplate:
         witness_commitment: the 32 bytes that a coinbase output must commit to (BIP141), or None if no
             transaction has a witness: then the coinbase needs neither that output nor a witness of its own.
         merkle_branch: from the coinbase's txid up to the merkle root, 32 bytes each, internal order.
+        late: as in `HeaderFacts`, of the block that this one is built on.
+        coinbase_aux: what the Bitcoin node wants at the end of the coinbase's script (BIP22), mostly nothing.
     """
 
     version: int
@@ -100,6 +109,12 @@ class BlockTemplate:
     transactions: tuple[TemplateTransaction, ...]
     witness_commitment: bytes | None
     merkle_branch: tuple[bytes, ...]
+    late: tuple[int, int] | None = None
+    coinbase_aux: bytes = b""
+
+    def bits_at(self, time: int) -> int:
+        """Give the compact target that Bitcoin demands of this block with header time `time`."""
+        return self.bits if self.late is None or time <= self.late[0] else self.late[1]
 
 
 def build_template(
@@ -112,6 +127,8 @@ def build_template(
     time: int,
     coinbase_value: int,
     transactions: Sequence[TemplateTransaction],
+    late: tuple[int, int] | None = None,
+    coinbase_aux: bytes = b"",
 ) -> BlockTemplate:
     """Make a template of what a Bitcoin node says; compute the commitment and the branch from it.
 
@@ -131,6 +148,8 @@ def build_template(
         transactions=tuple(transactions),
         witness_commitment=commitment,
         merkle_branch=merkle_branch([transaction.txid for transaction in transactions]),
+        late=late,
+        coinbase_aux=coinbase_aux,
     )
 
 
