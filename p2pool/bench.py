@@ -69,6 +69,7 @@ def window_params(window: int) -> Params:
             "name": f"bench-{window}",
             "share_period_ms": 10_000,
             "half_life_s": 1200,
+            "max_target": 2**255 - 1,
             "window_max_shares": window,
             "block_target_divisor": window,
         }

@@ -58,7 +58,8 @@ class Params:
     #: How many times harder than the chain asks a share may be (R8). Fork choice counts a share's whole work, so that
     #: one share of k + 1 times the work would undo k others: the fewer, the less luck can rewrite.
     heaviest_share: int = 4
-    #: The easiest share target: 256-bit number (R2).
+    #: The easiest share target: 256-bit number (R2), and that of a new chain. Until the difficulty has caught up with the
+    #: hash rate there is a storm of shares: test networks begin where one core finds some in a second.
     max_target: int = 2**224 - 1
     #: Length of the PPLNS window in expected Bitcoin blocks of work: a share is never paid with e^-window_blocks.
     window_blocks: int = 4
@@ -193,8 +194,8 @@ def _check(params: Params) -> None:
 #: The networks that have a name. A private one: ``NETWORKS["regtest"].with_overrides({"name": "mine", ...})``.
 NETWORKS: Final[Mapping[str, Params]] = {
     "mainnet": Params(name="mainnet", bitcoin_network="mainnet"),
-    "testnet4": Params(name="testnet4", bitcoin_network="testnet4", max_target=2**255 - 1),
-    "signet": Params(name="signet", bitcoin_network="signet", max_target=2**255 - 1),
+    "testnet4": Params(name="testnet4", bitcoin_network="testnet4", max_target=2**236 - 1),
+    "signet": Params(name="signet", bitcoin_network="signet", max_target=2**236 - 1),
     "regtest": Params(
         name="regtest",
         bitcoin_network="regtest",
@@ -202,7 +203,7 @@ NETWORKS: Final[Mapping[str, Params]] = {
         half_life_s=20,
         stall_after_s=15,
         stall_doubling_s=5,
-        max_target=2**255 - 1,
+        max_target=2**240 - 1,
         window_max_shares=2_000,
         block_target_divisor=20,
     ),

@@ -25,6 +25,7 @@ PARAMS = NETWORKS["regtest"].with_overrides(
         "half_life_s": 1200,
         "stall_after_s": 600,
         "stall_doubling_s": 60,
+        "max_target": hex(2**255 - 1),
         "block_target_divisor": 3,
         "window_max_shares": 20,
     }

@@ -43,9 +43,9 @@ def test_network_ids_are_what_they_were() -> None:
     """A change here founds a new network: all nodes of the old one are left behind."""
     assert {name: params.network_id.hex() for name, params in NETWORKS.items()} == {
         "mainnet": "03826ff5ef4b251c",
-        "testnet4": "69a8c1d1cf7ceb06",
-        "signet": "777fe2e9278fefde",
-        "regtest": "e8322c9e9a913a95",
+        "testnet4": "59c7c60f248bc296",
+        "signet": "f3ee194706b5e706",
+        "regtest": "0d1cce644fce1a55",
     }
 
 
