@@ -2,23 +2,33 @@
 
 Theory of operation. A block that a peer announces is completed by ``BlockRelay``, submitted by ``BlockSubmitter`` like
 one of our own, and announced to the other peers unless Bitcoin refuses it. A backend without a network of its own (the
-embedded one) also gets whole stretches of the chain from peers.
+embedded one) also gets whole stretches of the chain from peers, one with its own network headers of blocks that lost.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import trio
 
-from p2pool.bitcoin_backend import BitcoinBackend, BlockSource, BlockTemplate, HeaderFacts, SubmitResult
+from p2pool.bitcoin_backend import (
+    BitcoinBackend,
+    BlockSource,
+    BlockTemplate,
+    HeaderFacts,
+    HeaderSource,
+    SubmitResult,
+)
 from p2pool.blocks import STALE_BLOCK, BlockSubmitter, FoundBlock
 from p2pool.errors import BackendError
+from p2pool.outage import Outage
 from p2pool.p2p.network import Network
 from p2pool.p2p.wire import Announce, Transactions, Wanted
 from p2pool.relay import BlockRelay, CompletedBlock
+from sharechain.hasher import sha256d
 
 __all__ = ["BlockExchange"]
 
@@ -26,6 +36,9 @@ logger = logging.getLogger("p2pool.node")
 
 #: Bitcoin Core's word for a block whose parent it does not have.
 NO_PARENT: Final = "prev-blk-not-found"
+#: Blocks that our Bitcoin may be behind that of most connected nodes, and for how many seconds.
+BEHIND_BLOCKS: Final = 2
+BEHIND_S: Final = 120.0
 
 
 class BlockExchange:
@@ -33,7 +46,7 @@ class BlockExchange:
 
     Mutable fields: ``network`` (set once, None for a node that is alone), ``_relay``, ``_tip_facts`` (of the block that
     the newest template builds on) and ``_relayed`` (blocks of other nodes that Bitcoin has not answered yet, None once
-    they were passed on, and who brought them).
+    they were passed on, and who brought them); ``_behind`` and ``_behind_since``: that our Bitcoin is behind theirs.
     """
 
     def __init__(self, *, backend: BitcoinBackend, submitter: BlockSubmitter, on_news: Callable[[], None]) -> None:
@@ -50,11 +63,37 @@ class BlockExchange:
         self._relay = BlockRelay()
         self._tip_facts: HeaderFacts | None = None
         self._relayed: dict[bytes, tuple[FoundBlock | None, str]] = {}
+        self._behind, self._behind_since = Outage(), math.inf
 
     def learn(self, template: BlockTemplate, facts: HeaderFacts | None) -> None:
         """The newest template, and what is known of the block that it builds on."""
         self._relay.learn(template)
         self._tip_facts = facts
+
+    def compare(self, height: int, others: Sequence[int], now: float) -> None:
+        """Tell the operator if our Bitcoin stays behind that of most nodes that we are connected to.
+
+        Args:
+            height: of our Bitcoin's chain, below 0 if that is not known yet.
+            others: of theirs, as they say.
+            now: seconds, of any clock that only moves forward.
+        """
+        most = sorted(others)[(len(others) - 1) // 2] if others and height >= 0 else height
+        if most < height + BEHIND_BLOCKS:
+            self._behind_since = math.inf
+            if (text := self._behind.ended(now)) is not None:
+                logger.info("our Bitcoin node has caught up with those of other nodes, %s", text)
+            return
+        self._behind_since = min(self._behind_since, now)
+        if now - self._behind_since >= BEHIND_S:
+            text = self._behind.failed("our Bitcoin node is behind those of other nodes", now)
+            if text is not None:
+                logger.warning(
+                    "%s: at block %d, most of theirs are at %d or further: is it connected, does it still work?",
+                    text,
+                    height,
+                    most,
+                )
 
     def found(self, block_hash: bytes, raw: bytes) -> None:
         """A block of our own was handed to Bitcoin: tell everybody."""
@@ -125,6 +164,26 @@ class BlockExchange:
                 return number
         self._on_news()
         return len(blocks)
+
+    async def headers(self, block_hashes: Sequence[bytes]) -> tuple[bytes | None, ...] | None:
+        """Headers that the backend knows, None for others; None alone if it takes none. Raises: BackendError."""
+        if not isinstance(self._backend, HeaderSource):
+            return None
+        return tuple([await self._backend.header(block_hash) for block_hash in block_hashes])
+
+    async def learn_headers(self, headers: Sequence[bytes]) -> tuple[bytes, ...]:
+        """Hand headers to the backend, parents first. Returns those that it cannot but refuse. Raises: BackendError."""
+        assert isinstance(self._backend, HeaderSource), "who takes no headers asks for none"
+        refused: list[bytes] = []
+        for header in headers:
+            if await self._backend.header_facts(sha256d(header)) is not None:
+                continue  # another peer gave it, or our Bitcoin has caught up
+            if await self._backend.learn_header(header):
+                continue
+            if await self._backend.header_facts(header[4:36]) is not None:
+                refused.append(header)  # else it cannot be judged: our Bitcoin may be behind
+        self._on_news()
+        return tuple(refused)
 
     def _answer(self, peer_id: str, answer: Wanted | CompletedBlock) -> Wanted:
         if isinstance(answer, Wanted):

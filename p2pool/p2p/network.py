@@ -32,6 +32,7 @@ from p2pool.p2p.wire import (
     Announce,
     BlocksAfter,
     GetBlocks,
+    GetHeaders,
     GetPeers,
     GetShares,
     Locate,
@@ -73,7 +74,7 @@ LOCATED_SLICE: Final = 64
 #: Own shares that wait for the transport.
 MAX_PUBLISH: Final = 64
 #: What dear requests cost besides the one that each costs: a block announced without one behind it takes 50 ms.
-COSTS: Final = {Announce: 20, Transactions: 5, Locate: 10, BlocksAfter: 4, GetBlocks: 4}
+COSTS: Final = {Announce: 20, Transactions: 5, Locate: 10, BlocksAfter: 4, GetBlocks: 4, GetHeaders: 9}
 
 
 class NetworkDesk(Protocol):
@@ -248,6 +249,7 @@ class Network:
             status = self.sync.status_of(row["peer_id"])
             row["height"] = None if status is None else status.height
             row["software"] = None if status is None else status.software
+            row["bitcoin_height"] = None if status is None else status.block_height
         return NetworkStatistics(
             peer_id=self._transport.peer_id,
             addresses=self._transport.addresses,

@@ -25,8 +25,10 @@ __all__ = [
     "Blocks",
     "BlocksAfter",
     "GetBlocks",
+    "GetHeaders",
     "GetPeers",
     "GetShares",
+    "Headers",
     "Locate",
     "Located",
     "Message",
@@ -66,6 +68,8 @@ MAX_BLOCK_SIZE: Final = 4_000_000
 #: Whole blocks in one answer.
 MAX_GET_BLOCKS: Final = 8
 MAX_BLOCKS: Final = 2_000
+#: Headers of blocks in one request, and its answer.
+MAX_HEADERS: Final = 16
 #: Bytes of a coinbase.
 MAX_COINBASE: Final = 128 * 1024
 
@@ -185,6 +189,22 @@ class Blocks:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GetHeaders:
+    """Asks for single headers of Bitcoin blocks by their hashes, on whatever branch. For Bitcoins that have a network
+    of their own and may never have heard of a block that lost; embedded ones answer ``Refused``.
+    """
+
+    hashes: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Headers:
+    """The headers asked for, as many and in that order; None for those that are not known."""
+
+    headers: tuple[bytes | None, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Refused:
     """The request was understood and is not served."""
 
@@ -205,6 +225,8 @@ Message = (
     | BlocksAfter
     | GetBlocks
     | Blocks
+    | GetHeaders
+    | Headers
     | Refused
 )
 
@@ -223,6 +245,8 @@ _KINDS: Final[dict[int, type[Any]]] = {
     50: BlocksAfter,
     51: Blocks,
     52: GetBlocks,
+    60: GetHeaders,
+    61: Headers,
     91: Refused,
 }
 _NUMBERS: Final = {kind: number for number, kind in _KINDS.items()}
@@ -239,6 +263,8 @@ _MAX_ITEMS: Final[dict[type[Any], int]] = {
     BlocksAfter: 16 + MAX_LOCATOR,
     GetBlocks: 16 + MAX_GET_BLOCKS,
     Blocks: 16 + MAX_BLOCKS,
+    GetHeaders: 16 + MAX_HEADERS,
+    Headers: 16 + MAX_HEADERS,
 }
 
 
@@ -388,5 +414,7 @@ _READERS: Final[dict[tuple[type[Any], str], Any]] = {
     (BlocksAfter, "locator"): _list_of(_HASH, MAX_LOCATOR),
     (GetBlocks, "hashes"): _list_of(_HASH, MAX_GET_BLOCKS),
     (Blocks, "blocks"): _list_of(_bytes(81, MAX_BLOCK_SIZE), MAX_BLOCKS),
+    (GetHeaders, "hashes"): _list_of(_HASH, MAX_HEADERS),
+    (Headers, "headers"): _list_of(_or_none(_bytes(80, 80)), MAX_HEADERS),
     (Refused, "reason"): _text(200),
 }

@@ -156,3 +156,85 @@ class FakeBitcoin:
         return HeaderFacts(
             block_hash=block.hash, height=block.height, next_bits=BITS, median_time=self._median_time(block)
         )
+
+
+class HeaderBitcoin(FakeBitcoin):
+    """One node's Bitcoin that has a network of its own: ``HeaderSource`` and, unlike the other, no ``BlockSource``.
+
+    What is submitted to one is heard by all of its network, and so are the blocks below it. A block of which one alone
+    hears (``hears``) stays with it, unless its chain wins.
+
+    Mutable fields: ``_learned`` (headers of blocks that it does not have, by hash, with what follows from them).
+    """
+
+    block_locator = None  # type: ignore[assignment]
+    block = None  # type: ignore[assignment]
+    blocks_after = None  # type: ignore[assignment]
+
+    def __init__(self, clock: Callable[[], float], network: list[HeaderBitcoin] | None = None) -> None:
+        """It has the best chain of a network, and of what lost nothing; ``network`` is extended by it."""
+        super().__init__(clock)
+        self._learned: dict[bytes, _Block] = {}
+        self._network = [] if network is None else network
+        if self._network:
+            best = max(self._network, key=lambda other: other._tip.height)
+            self._blocks = {block.hash: block for block in reversed(best._chain())}
+            self._tip = best._tip
+        self._network.append(self)
+
+    def copy(self) -> HeaderBitcoin:
+        """As a restarted process finds it: what peers told of headers is forgotten."""
+        other = HeaderBitcoin(self._clock)
+        other._blocks, other._tip = dict(self._blocks), self._tip
+        other._network = self._network
+        self._network[self._network.index(self)] = other
+        return other
+
+    async def header_facts(self, block_hash: bytes) -> HeaderFacts | None:
+        await trio.lowlevel.checkpoint()
+        block = self._any(block_hash)
+        return None if block is None else self._facts(block)
+
+    async def header(self, block_hash: bytes) -> bytes | None:
+        await trio.lowlevel.checkpoint()
+        block = self._any(block_hash)
+        return None if block is None or not block.height else block.raw[:80]
+
+    async def learn_header(self, raw: bytes) -> bool:
+        await trio.lowlevel.checkpoint()
+        block_hash, parent = sha256d(raw), self._any(raw[4:36])
+        if parent is None or int.from_bytes(raw[72:76], "little") != BITS:
+            return False
+        if int.from_bytes(block_hash, "little") > bits_to_target(BITS):
+            return False
+        time = int.from_bytes(raw[68:72], "little")
+        if not self._median_time(parent) < time <= self._clock() + 7_200:
+            return False
+        self._learned[block_hash] = _Block(
+            hash=block_hash, parent=parent.hash, height=parent.height + 1, time=time, raw=raw
+        )
+        return True
+
+    async def submit_block(self, raw: bytes) -> SubmitResult:
+        result = await self.hears(raw)
+        for other in self._network if result.accepted else ():
+            for block in reversed(self._chain()):
+                if block.hash not in other._blocks:
+                    await other.hears(block.raw)
+        return result
+
+    async def hears(self, raw: bytes) -> SubmitResult:
+        """A block arrives, and goes nowhere from here."""
+        return await super().submit_block(raw)
+
+    def _any(self, block_hash: bytes) -> _Block | None:
+        return self._blocks.get(block_hash) or self._learned.get(block_hash)
+
+    def _median_time(self, block: _Block) -> int:
+        times = [block.time]
+        while len(times) < 11 and block.height:
+            parent = self._any(block.parent)
+            assert parent is not None
+            block = parent
+            times.append(block.time)
+        return sorted(times)[len(times) // 2]

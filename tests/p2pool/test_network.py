@@ -6,6 +6,7 @@ import random
 import tempfile
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,35 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from p2pool.bitcoin_backend import SubmitResult
+from p2pool.bitcoin_backend import BlockSource, HeaderSource, SubmitResult
 from p2pool.database import open_copy
 from p2pool.errors import PeerError
 from p2pool.p2p import BLOCK, SYNC, Gossip
+from p2pool.p2p.blocks import MAX_HEADER_BRANCH
 from p2pool.p2p.peers import PeerLimits
 from p2pool.p2p.sync import ALONE_AFTER_S, NO_GAIN_S
-from p2pool.p2p.wire import Blocks, BlocksAfter, Status, encode_gossip
+from p2pool.p2p.wire import (
+    Blocks,
+    BlocksAfter,
+    GetHeaders,
+    Headers,
+    Message,
+    Refused,
+    Status,
+    decode_message,
+    encode_gossip,
+    encode_message,
+)
 from p2pool.relay import BlockRelay
 from p2pool.report import load_chain
+from sharechain.difficulty import bits_to_target
 from sharechain.errors import StoreError
 from sharechain.hasher import sha256d
 from sharechain.params import Params
-from sharechain.share import Share, decode_share
+from sharechain.share import Share, decode_share, pack_header
 from tests.builders import forged_under, mine, miner_script
 from tests.p2pool import fleet as fleet_module
-from tests.p2pool.fakebitcoin import BITS, FakeBitcoin
+from tests.p2pool.fakebitcoin import BITS, GENESIS_TIME, FakeBitcoin, HeaderBitcoin
 from tests.p2pool.fleet import (
     TWO_ROUNDS_S,
     Fleet,
@@ -44,7 +58,7 @@ from tests.p2pool.fleet import (
     verified,
 )
 from tests.p2pool.network import ANYBODY_SCRIPT, PARAMS, START, Rig, is_any_block, pay, solved_block
-from tests.p2pool.simulated import address_of, peer_id_of, simulate
+from tests.p2pool.simulated import SimulatedNet, address_of, peer_id_of, simulate
 
 #: A window so short that two of them and the margin, all that a node keeps, are soon mined.
 BRIEF = PARAMS.with_overrides({"name": "brief", "window_max_shares": 10})
@@ -1034,5 +1048,350 @@ def test_a_ban_of_an_address_ends_all_its_connections() -> None:
                 await one.transport.publish(b"garbage" + bytes(number))
                 await trio.sleep(0.5)
             await nodes.until(lambda: not node.linked(), 5)
+
+    run(main)
+
+
+# -- Bitcoin headers -----------------------------------------------------------------------------------------
+
+
+async def branch(count: int, salt: int) -> list[bytes]:
+    """So many blocks on genesis."""
+    bitcoin, blocks = FakeBitcoin(now), list[bytes]()
+    for _ in range(count):
+        template = await bitcoin.block_template()
+        blocks.append(solved_block(template, pay(template, miner_script(salt))))
+        await bitcoin.submit_block(blocks[-1])
+    return blocks
+
+
+def bitcoin_of(member: Member) -> HeaderBitcoin:
+    """Its Bitcoin, which follows a network of its own."""
+    assert isinstance(member.backend, HeaderBitcoin)
+    return member.backend
+
+
+async def share_on_each(nodes: Fleet, losing: list[bytes]) -> list[Share]:
+    """Shares that the nodes' miners find on blocks which their Bitcoins hear of, and which then lose."""
+    shares = []
+    for block in losing:
+        for member in nodes.members.values():
+            await bitcoin_of(member).hears(block)
+        await trio.sleep(1)
+        shares.append(nodes.mine(1))
+        assert shares[-1].previous_block_hash == sha256d(block[:80])
+        await nodes.settle(TWO_ROUNDS_S)
+    for block in await branch(len(losing) + 1, 99):
+        await bitcoin_of(nodes[1]).submit_block(block)
+    await trio.sleep(1)
+    await nodes.mine_for(2, sorted(nodes.members))
+    await nodes.settle(TWO_ROUNDS_S)
+    return shares
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_a_newcomer_judges_shares_on_bitcoin_blocks_that_lost_before_it_came(length: int) -> None:
+    async def main(path: Path) -> None:
+        bitcoins: list[HeaderBitcoin] = []
+        async with fleet(path, 0, seed=29) as nodes:
+            for number in (1, 2):
+                await nodes.start(number, calls=(1, 2), backend=HeaderBitcoin(now, bitcoins))
+            await nodes.ready()
+            shares = await share_on_each(nodes, await branch(length, 1))
+            newcomer = await nodes.start(3, calls=(1, 2), backend=HeaderBitcoin(now, bitcoins))
+            assert await newcomer.backend.header_facts(shares[0].previous_block_hash) is None
+            await nodes.settle(30)
+            assert all(share.hash in newcomer.chain for share in shares)
+            nodes.assert_agreed()
+            assert nodes.faults() == {}
+
+    run(main)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [1, 2, 30])
+def test_a_share_on_a_bitcoin_branch_of_which_one_node_alone_heard_is_judged_by_all(length: int) -> None:
+    async def main(path: Path) -> None:
+        bitcoins: list[HeaderBitcoin] = []
+        async with fleet(path, 0, seed=30) as nodes:
+            for number in (1, 2, 3):
+                await nodes.start(number, calls=(1, 2, 3), backend=HeaderBitcoin(now, bitcoins))
+            await nodes.ready()
+            nodes.mine(1)
+            await nodes.settle()
+            for block in await branch(length, 1):
+                await bitcoin_of(nodes[1]).hears(block)
+            await trio.sleep(0.1)
+            share = nodes.mine(1)
+            assert share.previous_block_hash == nodes[1].node.bitcoin_tip()[0]
+            await nodes.until(lambda: nodes[2].chain.statistics().waiting, 1)
+            await nodes.until(lambda: all(share.hash in one.chain for one in nodes.members.values()), 40)
+            await nodes.settle(TWO_ROUNDS_S)
+            nodes.assert_agreed()
+            assert nodes.faults() == {}
+
+    run(main)
+
+
+@pytest.mark.slow
+def test_embedded_bitcoins_and_others_ask_each_other_for_nothing_twice() -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 0, seed=31) as nodes:
+            stranger = await header_stranger(nodes, lambda request: Refused(reason="none here"))
+            node = await nodes.start(1, calls=(9,), backend=HeaderBitcoin(now))
+            await nodes.start(2, calls=(9, 1))
+            await nodes.ready()
+            nodes.mine(1)
+            await nodes.settle()
+            await trio.sleep(1)
+            node.node.accept(on_block(node, b"\x55" * 32, 1))
+            await trio.sleep(100)
+            assert len(stranger.asked) == 1
+            assert isinstance(decode_message(await ask_for_headers(stranger, nodes[2]), Refused), Refused)
+            answer = decode_message(await ask_for_headers(stranger, node), Headers)
+            assert answer == Headers(headers=(None, None))
+            assert nodes.faults() == {}
+
+    run(main)
+
+
+@pytest.mark.slow
+def test_headers_on_any_branch_are_served_in_the_order_asked() -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 0, seed=32) as nodes:
+            stranger = await header_stranger(nodes, lambda request: Refused(reason="none here"))
+            node = await nodes.start(1, calls=(9,), backend=HeaderBitcoin(now))
+            kind: object = node.backend
+            assert (isinstance(kind, HeaderSource), isinstance(kind, BlockSource)) == (True, False)
+            await nodes.ready()
+            losing, winning = await branch(1, 1), await branch(2, 2)
+            for block in (*losing, *winning):
+                await bitcoin_of(node).hears(block)
+            learned = header(sha256d(winning[1][:80]))
+            assert await bitcoin_of(node).learn_header(learned)
+            wanted = [winning[1][:80], None, losing[0][:80], learned]
+            hashes = tuple(b"\x55" * 32 if raw is None else sha256d(raw) for raw in wanted)
+            raw = await stranger.ask(node, GetHeaders(hashes=hashes), BLOCK)
+            assert decode_message(raw, Headers).headers == tuple(wanted)
+
+    run(main)
+
+
+def header(parent: bytes, *, bits: int = BITS, works: bool = True, time: int = START, salt: int = 0) -> bytes:
+    """A header that meets the target of its bits, or does not."""
+    fields: dict[str, Any] = {"version": 4, "previous_block_hash": parent, "merkle_root": salt.to_bytes(32, "big")}
+    nonce = 0
+    while True:
+        raw = pack_header(**fields, time=time, bits=bits, nonce=nonce)
+        if (int.from_bytes(sha256d(raw), "little") <= bits_to_target(bits)) == works:
+            return raw
+        nonce += 1
+
+
+class HeaderStranger(Stranger):
+    """One that is asked for headers. Mutable: ``asked`` (when, and for what), ``pause_s`` before each answer."""
+
+    pause_s = 0.0
+
+    def __init__(self, net: SimulatedNet, number: int) -> None:
+        super().__init__(net, number)
+        self.asked: list[tuple[float, GetHeaders]] = []
+
+    async def serve(self, peer_id: str, protocol: str, request: bytes) -> bytes:
+        try:
+            message = decode_message(request, GetHeaders)
+        except PeerError:
+            return await super().serve(peer_id, protocol, request)
+        self.asked.append((trio.current_time(), message))
+        await trio.sleep(self.pause_s)
+        answer = self.answers[GetHeaders](message)
+        return answer if isinstance(answer, bytes) else encode_message(answer)
+
+
+async def header_stranger(
+    nodes: Fleet, answer: Callable[[GetHeaders], Message | bytes], *, number: int = 9
+) -> HeaderStranger:
+    """A peer that has no share and answers a node that asks for headers."""
+    stranger = HeaderStranger(nodes.net, number)
+    await nodes.add(stranger)
+    stranger.claims(tip=bytes(32), height=0, total_work=0)
+    stranger.answers[GetHeaders] = answer
+    return stranger
+
+
+def ask_for_headers(stranger: Stranger, member: Member) -> Awaitable[bytes]:
+    return stranger.ask(member, GetHeaders(hashes=(b"\x55" * 32, b"\x66" * 32)), BLOCK)
+
+
+GOOD = header(FakeBitcoin.GENESIS)
+IDLE = header(FakeBitcoin.GENESIS, works=False)
+LEADING_ON = header(b"\xee" * 32, works=False)
+EASY = header(FakeBitcoin.GENESIS, bits=0x207FFFFE)
+EARLY = header(FakeBitcoin.GENESIS, time=GENESIS_TIME)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("wanted", "answer", "rule"),
+    [
+        pytest.param(GOOD, Headers(headers=(header(FakeBitcoin.GENESIS, salt=1),)), "block", id="another header"),
+        pytest.param(GOOD, Headers(headers=(GOOD, GOOD)), "unasked", id="too many"),
+        pytest.param(GOOD, Headers(headers=()), "unasked", id="too few"),
+        pytest.param(IDLE, Headers(headers=(IDLE,)), "block", id="no work"),
+        pytest.param(LEADING_ON, Headers(headers=(LEADING_ON,)), "block", id="no work, and more of it below"),
+        pytest.param(EASY, Headers(headers=(EASY,)), "block", id="another target than Bitcoin's"),
+        pytest.param(EARLY, Headers(headers=(EARLY,)), "block", id="before the median of its time"),
+        pytest.param(GOOD, b"garbage", "message", id="garbage"),
+        pytest.param(GOOD, Blocks(blocks=(GOOD + b"\x00",)), "message", id="a block"),
+    ],
+)
+def test_who_gives_a_false_header_is_banned(wanted: bytes, answer: Message | bytes, rule: str) -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 0, seed=33) as nodes:
+            stranger = await header_stranger(nodes, lambda request: answer)
+            node = await nodes.start(1, calls=(9,), backend=HeaderBitcoin(now))
+            await nodes.ready()
+            nodes.mine(1)
+            await trio.sleep(1)
+            share = on_block(node, sha256d(wanted), 1)
+            node.node.accept(share)
+            await nodes.until(lambda: not node.linked(), 30)
+            assert set(nodes.faults()[1]) == {rule}
+            assert banned(node) == {peer_id_of(9)}
+            assert {request.hashes for _, request in stranger.asked} == {(sha256d(wanted),)}
+            assert share.hash not in node.chain
+            assert await node.backend.header_facts(sha256d(wanted)) is None
+
+    run(main)
+
+
+@pytest.mark.slow
+def test_a_header_that_nobody_has_is_asked_for_ever_more_rarely() -> None:
+    async def main(path: Path) -> None:
+        async with fleet(path, 0, seed=34) as nodes:
+            peers = [
+                await header_stranger(nodes, lambda request: Headers(headers=(None,) * len(request.hashes)), number=one)
+                for one in (8, 9)
+            ]
+            node = await nodes.start(1, calls=(8, 9), backend=HeaderBitcoin(now))
+            await nodes.ready()
+            await nodes.until(lambda: len(node.linked()) == 2, 10)
+            nodes.mine(1)
+            await trio.sleep(1)
+            wanted = [bytes([0x55, salt]) * 16 for salt in range(20)]
+            for salt, block in enumerate(wanted):
+                node.node.accept(on_block(node, block, salt))
+            await trio.sleep(400)
+            for block in wanted:
+                times = sorted(at for peer in peers for at, request in peer.asked if block in request.hashes)
+                pauses = [after - before for before, after in pairwise(times)]
+                assert 0.2 < pauses[0] < 2 < 50 < max(pauses) < 63
+                assert 12 < len(times) < 24
+                assert all(any(block in request.hashes for _, request in peer.asked) for peer in peers)
+            assert max(len(request.hashes) for peer in peers for _, request in peer.asked) > 5
+            assert nodes.faults() == {}
+
+    run(main)
+
+
+@pytest.mark.slow
+def test_a_header_whose_parent_nobody_knows_is_nobodys_fault() -> None:
+    async def main(path: Path) -> None:
+        headers: dict[bytes, bytes] = {}
+        parent = b"\xee" * 32
+        for _ in range(2 * MAX_HEADER_BRANCH):
+            raw = header(parent)
+            headers[parent := sha256d(raw)] = raw
+        async with fleet(path, 0, seed=35, latency_s=(0.01, 0.02)) as nodes:
+            given = [
+                await header_stranger(
+                    nodes, lambda request: Headers(headers=tuple(map(headers.get, request.hashes))), number=number
+                )
+                for number in (8, 9)
+            ]
+            node = await nodes.start(1, calls=(8, 9), backend=HeaderBitcoin(now))
+            await nodes.ready()
+            nodes.mine(1)
+            await trio.sleep(1)
+            node.node.accept(on_block(node, parent, 1))
+            missing = list(headers)[MAX_HEADER_BRANCH // 2]  # it leads down to where nobody knows anything
+            node.node.accept(on_block(node, missing, 2))
+            await trio.sleep(30)
+            firsts = [sum(parent in request.hashes for _, request in peer.asked) for peer in given]
+            assert all(firsts), "each is asked in its turn"
+            assert sum(len(peer.asked) for peer in given) <= 2 * sum(firsts) * MAX_HEADER_BRANCH
+            assert len({block for peer in given for _, one in peer.asked for block in one.hashes}) <= 152
+            assert nodes.faults() == {}
+
+    run(main)
+
+
+@pytest.mark.slow
+def test_a_peer_that_takes_its_time_over_headers_holds_up_no_other() -> None:
+    async def main(path: Path) -> None:
+        bitcoins: list[HeaderBitcoin] = []
+        async with fleet(path, 0, seed=36) as nodes:
+            slow = await header_stranger(nodes, lambda request: Headers(headers=(None,) * len(request.hashes)))
+            slow.pause_s = 19.0
+            await nodes.start(1, calls=(9,), backend=HeaderBitcoin(now, bitcoins))
+            await nodes.ready()  # the slow one is the first of its peers
+            await nodes.start(2, calls=(1,), backend=HeaderBitcoin(now, bitcoins))
+            await nodes.ready()
+            nodes.mine(1)
+            await nodes.settle()
+            for salt in range(8):
+                await trio.sleep(2)
+                [losing] = await branch(1, salt)
+                await bitcoin_of(nodes[2]).hears(losing)
+                share = on_block(nodes[1], sha256d(losing[:80]), salt)
+                nodes[1].node.accept(share)
+                await nodes.until(lambda share=share: share.hash in nodes[1].chain, 3)  # type: ignore[misc]
+            await trio.sleep(60)
+            assert 1 <= len(slow.asked) <= 2, "what it has not answered does not pile up"
+            assert nodes.faults() == {}
+
+    run(main)
+
+
+@pytest.mark.slow
+def test_a_header_from_after_our_clock_may_be_our_clocks_fault() -> None:
+    async def main(path: Path) -> None:
+        ahead = header(FakeBitcoin.GENESIS, time=START + 7_200 + 60)
+        async with fleet(path, 0, seed=37) as nodes:
+            await header_stranger(nodes, lambda request: Headers(headers=(ahead,)))
+            node = await nodes.start(1, calls=(9,), backend=HeaderBitcoin(now))
+            await nodes.ready()
+            nodes.mine(1)
+            await trio.sleep(1)
+            share = on_block(node, sha256d(ahead), 1)
+            node.node.accept(share)
+            await trio.sleep(40)
+            assert share.hash not in node.chain
+            await nodes.until(lambda: share.hash in node.chain, 90)
+            assert nodes.faults() == {}
+
+    run(main)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)], ids=str)
+def test_headers_of_one_branch_that_are_asked_for_together_are_taken_parents_first(order: tuple[int, ...]) -> None:
+    async def main(path: Path) -> None:
+        headers = {sha256d(block[:80]): block[:80] for block in await branch(4, 1)}
+        async with fleet(path, 0, seed=38) as nodes:
+            peer = await header_stranger(
+                nodes, lambda request: Headers(headers=tuple(map(headers.get, request.hashes)))
+            )
+            node = await nodes.start(1, calls=(9,), backend=HeaderBitcoin(now))
+            await nodes.ready()
+            nodes.mine(1)
+            await trio.sleep(1)
+            for salt in order:
+                node.node.accept(on_block(node, list(headers)[salt], salt))
+            await nodes.until(lambda: not node.chain.missing_blocks(), 3)
+            assert all([await node.backend.header_facts(block) for block in headers])
+            assert [len(request.hashes) for _, request in peer.asked] == [4]
+            assert nodes.faults() == {}
 
     run(main)

@@ -18,8 +18,10 @@ from p2pool.p2p.wire import (
     Blocks,
     BlocksAfter,
     GetBlocks,
+    GetHeaders,
     GetPeers,
     GetShares,
+    Headers,
     Locate,
     Located,
     Peers,
@@ -38,7 +40,7 @@ from tests.builders import mine, new_chain
 
 KINDS: tuple[type[Any], ...] = (
     *(Status, Locate, Located, GetShares, Shares, GetPeers, Peers),
-    *(Announce, Wanted, Transactions, BlocksAfter, GetBlocks, Blocks, Refused),
+    *(Announce, Wanted, Transactions, BlocksAfter, GetBlocks, Blocks, GetHeaders, Headers, Refused),
 )
 HASH = st.binary(min_size=32, max_size=32)
 TEXT = st.text(st.characters(codec="utf-8").filter(str.isprintable), max_size=64)
@@ -79,6 +81,8 @@ MESSAGES: st.SearchStrategy[Any] = st.one_of(
     st.builds(Transactions, block_hash=HASH, transactions=PLACED),
     st.builds(BlocksAfter, locator=some(HASH)),
     st.builds(Blocks, blocks=some(st.binary(min_size=81, max_size=300))),
+    st.builds(GetHeaders, hashes=some(HASH)),
+    st.builds(Headers, headers=some(st.none() | st.binary(min_size=80, max_size=80))),
     st.builds(Refused, reason=TEXT),
 )
 
@@ -270,10 +274,11 @@ def weigh(raw: bytes, *kinds: type[Any]) -> int:
         ((Shares,), "sync/1", True),
         ((Announce, Transactions, BlocksAfter), "block/1", False),
         ((Blocks, Refused), "block/1", True),
+        ((Headers, Refused), "block/1", True),
     ],
-    ids=["requests", "located", "shares", "block requests", "blocks"],
+    ids=["requests", "located", "shares", "block requests", "blocks", "headers"],
 )
-@pytest.mark.parametrize("kind", [20, 21, 40, 50])
+@pytest.mark.parametrize("kind", [20, 21, 40, 50, 61])
 def test_a_full_frame_of_many_things_is_refused_before_they_are_made(
     kinds: tuple[type[Any], ...], protocol: str, answer: bool, kind: int, item: bytes
 ) -> None:
@@ -338,6 +343,8 @@ LARGEST = [
     pytest.param(Blocks(blocks=(bytes(wire.MAX_BLOCK_SIZE),)), "block/1", True, id="a block"),
     pytest.param(Blocks(blocks=(bytes(500),) * wire.MAX_BLOCKS), "block/1", True, id="blocks"),
     pytest.param(BlocksAfter(locator=HASHES[: wire.MAX_LOCATOR]), "block/1", False, id="blocks after"),
+    pytest.param(GetHeaders(hashes=HASHES[: wire.MAX_HEADERS]), "block/1", False, id="get headers"),
+    pytest.param(Headers(headers=(bytes(80),) * wire.MAX_HEADERS), "block/1", True, id="headers"),
 ]
 
 
@@ -371,6 +378,12 @@ def test_the_largest_message_of_each_kind_fits_its_frame(message: Any, protocol:
         Transactions(block_hash=bytes(32), transactions=((0, bytes(59)),)),
         Announce(header=bytes(81), coinbase=bytes(60), wtxids=(), included=()),
         Blocks(blocks=(bytes(80),)),
+        GetHeaders(hashes=HASHES[: wire.MAX_HEADERS + 1]),
+        GetHeaders(hashes=(bytes(31),)),
+        Headers(headers=(None,) * (wire.MAX_HEADERS + 1)),
+        Headers(headers=(bytes(79),)),
+        Headers(headers=(bytes(81),)),
+        Headers(headers=(b"",)),
     ],
     ids=lambda message: type(message).__name__,
 )
