@@ -46,8 +46,9 @@ from p2pool.demo import (
     print_miners,
     spend_fees,
 )
+from p2pool.derivation import audit_block
 from p2pool.errors import ConfigError, P2PoolError
-from p2pool.report import VerifyReport, audit_block, export_rows, load_chain, payout_report, verify_store
+from p2pool.report import VerifyReport, export_rows, load_chain, payout_report, verify_store
 from p2pool.service import run_node, until_signal
 from sharechain import hasher
 from sharechain.params import Params

@@ -36,10 +36,11 @@ from p2pool.bitcoin_backend.kernel import KernelBackend
 from p2pool.bitcoin_backend.template import BlockTemplate, assemble_block
 from p2pool.blocks import STALE_BLOCK
 from p2pool.database import DataDirectory, open_copy
+from p2pool.derivation import audit_block
 from p2pool.errors import BackendError, ConfigError
 from p2pool.miner import Miner, mine
 from p2pool.node import Node, NodeStatistics
-from p2pool.report import VerifyReport, audit_block, export_rows, load_chain, verify_store
+from p2pool.report import VerifyReport, export_rows, load_chain, verify_store
 from p2pool.service import until_signal
 from p2pool.stratum.server import ServerSettings, open_listeners
 from p2pool.stratum.vardiff import VardiffSettings

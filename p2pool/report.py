@@ -1,14 +1,9 @@
-"""What a stored sharechain says, as plain values that become JSON, CSV and tables.
-
-``audit_rows`` at the end is the dumb twin of all that pays: it recomputes a coinbase from exported rows alone, in
-the plainest way.
-"""
+"""What a stored sharechain says, as plain values that become JSON, CSV and tables."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -20,22 +15,21 @@ from sharechain.difficulty import bits_to_target, difficulty_of, work_of
 from sharechain.entry import ChainEntry, ancestors
 from sharechain.errors import InvalidShare, StoreError
 from sharechain.params import DUST, MEDIAN_SPAN, Params
-from sharechain.payout import decode_outputs, draw_seed, finder_bonus
-from sharechain.share import NULL_HASH, Share, share_commitment
+from sharechain.payout import decode_outputs, finder_bonus
+from sharechain.share import Share, share_commitment
 from sharechain.store import Store, StoredShare
-from sharechain.validate import block_target, is_block, next_max_bits, window_work
+from sharechain.validate import is_block, next_max_bits, window_work
 
 __all__ = [
     "EXPORT_FIELDS",
     "PayoutReport",
     "VerifyReport",
-    "audit_block",
-    "audit_rows",
     "explain_payouts",
     "export_rows",
     "load_chain",
     "payout_report",
     "share_row",
+    "share_status",
     "status_report",
     "verify_store",
 ]
@@ -454,126 +448,3 @@ def _check_tip(chain: Sharechain, tip: bytes | None) -> None:
         raise StoreError("t", f"the tip {tip[::-1].hex()} is not a stored share")
     if stored.total_work < chain.tip.total_work:
         raise StoreError("t", f"share {chain.tip.hash[::-1].hex()} has more work than the tip {tip[::-1].hex()}")
-
-
-def audit_rows(params: Params, rows: Mapping[str, Mapping[str, Any]], block_hash: str) -> list[list[Any]]:
-    """The coinbase outputs of a share, recomputed from exported rows alone.
-
-    Everything is done from nothing and in the plainest way: the window is walked, the weights are added up in
-    fractions' numerators, the threshold is tried and the lots are laid out one by one. It shares no code with
-    what built the coinbase, but for compact targets and the seed's hash.
-
-    Args:
-        params: the network's.
-        rows: all exported rows by hash, of a history that reaches back beyond the share's window.
-        block_hash: hash of the share, as displayed.
-
-    Returns:
-        [script hex, sat] of each output, the share commitment's left out.
-
-    Source: ``docs/explanation/payouts.md``.
-    """
-    row = rows[block_hash]
-    value = int(row["coinbase_value"])
-    weights = _audit_weights(params, rows, row)
-    witness = row["witness_commitment"]
-    tail = [] if witness is None else [["6a24aa21a9ed" + witness, 0]]
-    total = sum(weights.values())
-    if total == 0:
-        return [[row["payout_script"], value], *tail]
-    shared = value - value * params.finder_bonus[0] // params.finder_bonus[1]
-    entitled = {script: shared * weight // total for script, weight in weights.items()}
-    paid = _audit_draw(params, entitled, bytes.fromhex(row["parent"])[::-1], int(row["payout_class"]))
-    outputs: list[list[Any]] = [
-        [script, amount] for script, amount in sorted(paid.items(), key=lambda item: (-item[1], item[0]))
-    ]
-    rest = value - sum(paid.values())
-    if rest < DUST and outputs:
-        outputs[0][1] += rest
-    else:
-        outputs.append([row["payout_script"], rest])
-    return outputs + tail
-
-
-def _audit_weights(params: Params, rows: Mapping[str, Mapping[str, Any]], row: Mapping[str, Any]) -> dict[str, int]:
-    block_work = work_of(block_target(params, row["max_bits"], row["block_bits"]))
-    missing = params.window_blocks * block_work
-    weights: dict[str, int] = {}
-    at, count = str(row["parent"]), 0
-    while at != NULL_HASH.hex() and missing > 0 and count < params.window_max_shares:
-        share = rows[at]
-        uncles = [rows[uncle] for uncle in share["uncles"]]
-        unit = share["work"] + sum(uncle["work"] for uncle in uncles)
-        kept = min(unit, missing)
-        left = kept
-        for uncle in uncles:
-            part = uncle["work"] * params.uncle_weight[0] // params.uncle_weight[1] * kept // unit
-            weights[uncle["payout_script"]] = weights.get(uncle["payout_script"], 0) + part
-            left -= part
-        weights[share["payout_script"]] = weights.get(share["payout_script"], 0) + left
-        missing -= kept
-        at, count = share["parent"], count + 1
-    return weights
-
-
-def _audit_draw(params: Params, entitled: Mapping[str, int], parent: bytes, payout_class: int) -> dict[str, int]:
-    def needed(threshold: int) -> int:
-        rest = sum(amount for amount in entitled.values() if amount < threshold)
-        lots = 0 if rest < DUST else max(1, rest // threshold)
-        return sum(amount >= threshold for amount in entitled.values()) + lots
-
-    # `needed` falls between entitlements and may rise by one just above each: look between them, lowest first.
-    threshold = None
-    edges = [params.min_payout, *sorted({e + 1 for e in entitled.values() if e + 1 > params.min_payout})]
-    for low, next_edge in zip(edges, [*edges[1:], None], strict=True):
-        high = next_edge - 1 if next_edge is not None else low + sum(entitled.values())
-        if needed(high) > payout_class:
-            continue
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if needed(middle) <= payout_class else (middle + 1, high)
-        threshold = low
-        break
-    assert threshold is not None, "one lot fits every class"
-    paid = {script: amount for script, amount in entitled.items() if amount >= threshold}
-    small = {script: amount for script, amount in entitled.items() if amount < threshold}
-    rest = sum(small.values())
-    if rest < DUST:
-        return paid
-    lots = max(1, rest // threshold)
-    seed = draw_seed(parent, payout_class)
-    tag = hashlib.sha256(b"p2pool/offset").digest()
-    offset = rest * int.from_bytes(hashlib.sha256(tag + tag + seed).digest(), "big") // 2**256
-    order = sorted(small, key=lambda script: hashlib.sha256(seed + bytes.fromhex(script)).digest())
-    points = [offset + number * rest for number in range(lots)]
-    at = 0
-    for script in order:
-        end = at + lots * small[script]
-        while points and points[0] < end:
-            points.pop(0)
-            paid[script] = rest // lots
-        at = end
-    return paid
-
-
-def audit_block(
-    params: Params, rows: Mapping[str, Mapping[str, Any]], block_hash: str, outputs: Sequence[tuple[bytes, int]]
-) -> str | None:
-    """Compare a Bitcoin block's coinbase outputs with their recomputation.
-
-    Args:
-        params: the network's.
-        rows: all exported rows by hash.
-        block_hash: as displayed.
-        outputs: (script, sat) of the coinbase that Bitcoin has.
-
-    Returns:
-        What differs, or None.
-    """
-    expected = audit_rows(params, rows, block_hash)
-    found: list[list[Any]] = [[script.hex(), amount] for script, amount in outputs]
-    if not found or not found[-1][0].startswith("6a20") or len(found[-1][0]) != 68 or found[-1][1] != 0:
-        return f"block {block_hash}: the last output is no share commitment"
-    if found[:-1] != expected:
-        return f"block {block_hash}: coinbase pays {found[:-1]}, recomputed {expected}"
-    return None

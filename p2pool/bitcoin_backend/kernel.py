@@ -220,6 +220,10 @@ class KernelBackend:
         """See `BlockSource`."""
         return await trio.to_thread.run_sync(self._branch_block_now, block_hash)
 
+    async def block_hash_at(self, height: int) -> bytes | None:
+        """See `BlockReader`."""
+        return await trio.to_thread.run_sync(self.block_hash_at_now, height)
+
     async def blocks_after(self, locator: Sequence[bytes], max_bytes: int) -> tuple[bytes, ...]:
         """See `BlockSource`."""
         await trio.lowlevel.checkpoint()
@@ -298,6 +302,13 @@ class KernelBackend:
             if height is None:
                 return None
             return self._read_block(self._manager.get_active_chain().block_tree_entries[height])
+
+    def block_hash_at_now(self, height: int) -> bytes | None:
+        """Give what `block_hash_at` gives."""
+        with self._library():
+            if not 0 <= height <= self._tip.height:
+                return None
+            return bytes(self._manager.get_active_chain().block_tree_entries[height].block_hash)
 
     def _branch_block_now(self, block_hash: bytes) -> bytes | None:
         with self._library():
