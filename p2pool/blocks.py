@@ -20,6 +20,7 @@ import trio
 from p2pool.bitcoin_backend import BitcoinBackend, SubmitResult
 from p2pool.database import DataDirectory
 from p2pool.errors import BackendError
+from p2pool.outage import Outage
 from sharechain.errors import SharechainError
 
 __all__ = ["STALE_BLOCK", "BlockSubmitter", "FoundBlock"]
@@ -176,7 +177,7 @@ class BlockSubmitter:
             logger.error("block %s cannot be kept on disk: %s", _shown(block), error)
 
     async def _submit_until_answered(self, block: FoundBlock, answered: trio.Event) -> None:
-        retry_s = RETRY_S[0]
+        retry_s, outage = RETRY_S[0], Outage()
         while True:
             try:
                 result = await self._backend.submit_block(block.raw)
@@ -184,7 +185,8 @@ class BlockSubmitter:
                     result = await self._fate(block.block_hash)
                 break
             except BackendError as error:
-                logger.error("block %s: no answer, asked again in %.1f s: %s", _shown(block), retry_s, error)
+                if (text := outage.failed(str(error), trio.current_time())) is not None:
+                    logger.error("block %s: no answer, submitted again until there is one: %s", _shown(block), text)
             if self._stopped.is_set():
                 self._keep(block)
                 return
@@ -214,13 +216,14 @@ class BlockSubmitter:
         self, unsettled: Sequence[bytes], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         """Find out what became of blocks whose answer no run has recorded."""
-        waiting, retry_s = list(unsettled), RETRY_S[0]
+        waiting, retry_s, outage = list(unsettled), RETRY_S[0], Outage()
         while True:
             for block_hash in waiting[:]:
                 try:
                     result = await self._fate(block_hash)
                 except BackendError as error:
-                    logger.error("block %s: its fate is not known yet: %s", block_hash[::-1].hex(), error)
+                    if (text := outage.failed(str(error), trio.current_time())) is not None:
+                        logger.error("block %s: its fate is not known yet: %s", block_hash[::-1].hex(), text)
                     continue
                 waiting.remove(block_hash)
                 self._on_answer(block_hash, result, None)

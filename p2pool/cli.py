@@ -9,13 +9,16 @@ import csv
 import json
 import logging
 import os
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import click
 
@@ -26,6 +29,8 @@ from sharechain.errors import SharechainError
 from sharechain.params import MAX_MONEY
 
 if TYPE_CHECKING:
+    from p2pool.bitcoin_backend.block import BitcoinBlock
+    from p2pool.finding import Finding
     from sharechain.chain import Sharechain
     from sharechain.params import Params
     from sharechain.store import Store
@@ -34,6 +39,8 @@ __all__ = ["main"]
 
 #: Shell convention: ended by SIGINT.
 _EXIT_INTERRUPTED: Final = 130
+#: Bytes. What is read of a file with a block: twice the largest block in hexadecimal.
+_MAX_BLOCK_FILE: Final = 16_000_000
 
 
 def main() -> None:
@@ -106,7 +113,7 @@ def _load(config_file: Path | None, flags: Mapping[str, object]) -> Config:
 
 #: What ``peers`` shows of each kind of peer.
 _PEER_COLUMNS: Final = {
-    "connected": ("peer_id", "direction", "ip", "port", "height", "since", "score", "software"),
+    "connected": ("peer_id", "direction", "ip", "port", "height", "bitcoin_height", "since", "score", "software"),
     "known": ("address", "configured", "reached", "failures"),
     "banned": ("peer_id", "ip", "rule", "since", "detail"),
 }
@@ -133,8 +140,8 @@ def cli() -> None:
 def run(config_file: Path | None, **flags: str | None) -> None:
     """Run a node: serve miners, keep the sharechain with other nodes, build and submit blocks.
 
-    On regtest the Bitcoin node is embedded, and kept in the data directory; other networks need a Bitcoin node over
-    RPC, which this version does not speak yet.
+    Work comes from a Bitcoin node over RPC: Bitcoin Core 25 or newer. On regtest, without --bitcoind, a Bitcoin of our
+    own is embedded and kept in the data directory.
     """
     config = _load(config_file, flags)
     _log_to_terminal(config.log_level)
@@ -197,6 +204,40 @@ def demo(shares: int, block_every: int, nodes: int, miners: int | None, data_dir
     from p2pool.demo import run_demo
 
     sys.exit(run_demo(shares=shares, block_every=block_every, miners=miners or 3, data_dir=data_dir, as_json=as_json))
+
+
+@cli.command()
+@_config_options(*(option.name for option in OPTIONS))
+@_json_option
+def doctor(config_file: Path | None, as_json: bool, **flags: str | None) -> None:
+    """Look at everything that keeps a node from working, and say what to do about it. Changes nothing.
+
+    Takes the options that `p2pool run` is to be started with; a node may be running. Exit code 0 if there is no
+    problem, whatever the warnings; else 1.
+    """
+    import trio
+
+    from p2pool.doctor import Subject, diagnose, option_sources
+    from p2pool.finding import problem
+
+    try:
+        subject = Subject(
+            config=_load(config_file, flags), sources=option_sources(flags, os.environ, config_file), clock=time.time
+        )
+    except ConfigError as error:
+        findings = [problem("options", str(error), "correct it: nothing else can be looked at before")]
+    else:
+        findings = trio.run(diagnose, subject)
+    problems, warnings = (sum(one.level == level for one in findings) for level in ("problem", "warning"))
+    if as_json:
+        rows = [asdict(one) for one in findings]
+        click.echo(json.dumps({"ok": not problems, "problems": problems, "warnings": warnings, "findings": rows}))
+    else:
+        for one in findings:
+            _print_finding(one)
+        counted = ((problems, "problem"), (warnings, "warning"))
+        click.echo("\n" + ", ".join(f"{count} {word}" + "s" * (count != 1) for count, word in counted))
+    sys.exit(1 if problems else 0)
 
 
 @cli.command()
@@ -308,6 +349,49 @@ def payouts(
 
 
 @cli.command()
+@click.argument("wanted", metavar="BLOCK", required=False)
+@_config_options("network", "data_dir", "bitcoind", "cookie_file", "rpc_user", "rpc_password")
+@click.option(
+    "--block",
+    "file",
+    type=click.File("rb"),
+    metavar="FILE",
+    help="Read the whole block from there, as bytes or hexadecimal (- is standard input), and ask no Bitcoin node.",
+)
+@_json_option
+def audit(
+    config_file: Path | None, wanted: str | None, file: BinaryIO | None, as_json: bool, **flags: str | None
+) -> None:
+    """Derive the coinbase of a Bitcoin block again from the sharechain, and say why each output gets what it gets.
+
+    BLOCK is its hash, or its height in Bitcoin's chain. Exit code 0 only if all is as the rules say; 1 if something
+    differs or the block is not of this pool; 3 if the history that is kept does not reach back far enough to tell.
+    """
+    if wanted is None and file is None:
+        raise click.UsageError("BLOCK (a hash or a height) or --block FILE is needed")
+    config = _load(config_file, flags)
+    from p2pool.audit import AUDIT_EXIT_CODES, explain_block
+    from p2pool.bitcoin_backend.block import check_wanted, read_block
+
+    if file is None:
+        assert wanted is not None
+        block, on_chain = _fetch_block(config, wanted)
+    else:
+        block, on_chain = read_block(file.read(_MAX_BLOCK_FILE)), None
+        check_wanted(block, wanted)
+    with _reading(config) as (params, store, chain, _):
+        report = explain_block(params, store, chain, block, on_chain=on_chain)
+    if as_json:
+        click.echo(json.dumps(asdict(report)))
+    else:
+        from p2pool.audit_text import audit_lines
+
+        for line in audit_lines(report):
+            click.echo(line)
+    sys.exit(AUDIT_EXIT_CODES[report.verdict])
+
+
+@cli.command()
 @_config_options("network", "data_dir")
 @_json_option
 def verify(config_file: Path | None, as_json: bool, **flags: str | None) -> None:
@@ -367,9 +451,12 @@ def export(config_file: Path | None, form: str, **flags: str | None) -> None:
 @cli.command()
 @click.argument("name", metavar="NAME")
 @click.option("--quick", is_flag=True, help="A tenth of the size: to see that it runs.")
+@click.option("--rounds", type=click.IntRange(1), help="template: of each case. [default: 20]")
+@click.option("--connections", type=click.IntRange(1), help="template: miners. [default: 1,000]")
+@click.option("--transactions", type=click.IntRange(1), help="template: in a block. [default: 4,000]")
 @_json_option
-def bench(name: str, quick: bool, as_json: bool) -> None:
-    """Measure: accept, payout, store or hasher; `all` for all.
+def bench(name: str, quick: bool, as_json: bool, **flags: int | None) -> None:
+    """Measure: accept, payout, store, hasher, sync or template; `all` for all.
 
     Each result is a row of bench, case, metric, value and unit; what it is compared with is a row of the same run.
     """
@@ -378,12 +465,22 @@ def bench(name: str, quick: bool, as_json: bool) -> None:
     names = list(BENCHES) if name == "all" else [name]
     if name != "all" and name not in BENCHES:
         raise click.BadParameter(f"one of {', '.join(BENCHES)}, all is needed, got {name!r}", param_hint="NAME")
+    choices: dict[str, Any] = {flag: value for flag, value in flags.items() if value is not None}
+    if choices and "template" not in names:
+        raise click.UsageError(f"--{next(iter(choices))} is for the benchmark template, not for {name}")
     rows = []
     for one in names:
-        for row in run_bench(one, quick=quick):
-            rows.append(row)
-            if as_json:
-                click.echo(json.dumps(row))
+        with ExitStack() as stack:
+            given = choices if one == "template" else {}
+            if one == "template":
+                from p2pool.bench_template import rounds_of
+
+                total = rounds_of(quick, flags["rounds"])
+                given = given | {"advance": stack.enter_context(_progress("rounds", total))}
+            for row in run_bench(one, quick=quick, **given):
+                rows.append(row)
+                if as_json:
+                    click.echo(json.dumps(row))
     if not as_json:
         _print_table(rows)
 
@@ -412,6 +509,21 @@ def _live_status(data_dir: Path, running: bool) -> dict[str, Any]:
     }
 
 
+def _fetch_block(config: Config, wanted: str) -> tuple[BitcoinBlock, bool]:
+    """A block of the configured Bitcoin node, and whether it is in its best chain."""
+    import trio
+
+    from p2pool.bitcoin_backend.block import find_block
+    from p2pool.service import open_bitcoin
+
+    async def fetch() -> tuple[BitcoinBlock, bool]:
+        async with open_bitcoin(config, wait=False) as backend:
+            return await find_block(backend, wanted)
+
+    _log_to_terminal("warning")
+    return trio.run(fetch)
+
+
 def _ago(seconds: float) -> str:
     for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= 2 * size:
@@ -438,6 +550,19 @@ def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.update(task, completed=done)
+
+
+def _print_finding(one: Finding) -> None:
+    """A finding in as many lines as it takes: mark, check, what was found; below, what to do."""
+    colour = {"ok": "green", "warning": "yellow", "problem": "red"}[one.level]
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    indent = " " * 26
+    found = textwrap.wrap(one.found, max(width, 60), initial_indent=indent, subsequent_indent=indent)
+    # click leaves the colours out where there is no terminal.
+    click.echo(f"{click.style(f'{one.level:<8}', fg=colour)} {one.check:<16} {found[0].strip()}")
+    advice = textwrap.wrap(one.advice, max(width, 60), initial_indent=indent + "-> ", subsequent_indent=indent + "   ")
+    for line in found[1:] + advice:
+        click.echo(line)
 
 
 def _print_one(result: Mapping[str, Any], as_json: bool) -> None:

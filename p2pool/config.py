@@ -10,7 +10,7 @@ import os
 import re
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -115,6 +115,29 @@ def _peers(value: object) -> tuple[str, ...]:
     return tuple(parse_address(_text(text)).text for text in texts)
 
 
+def _bitcoinds(value: object) -> tuple[str, ...]:
+    from p2pool.bitcoin_backend.jsonrpc import parse_endpoint
+
+    texts = value.split() if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple):
+        raise ValueError("a list of addresses is needed")
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError("a list of addresses is needed")
+        parse_endpoint(text, network="mainnet")  # which network it is changes the defaults only
+    return tuple(texts)
+
+
+def _zmq(value: object) -> tuple[str, ...]:
+    texts = value.replace(",", " ").split() if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple):
+        raise ValueError(f"a list of addresses is needed, got {value!r}")
+    for text in texts:
+        if not isinstance(text, str) or not re.match(r"(tcp|ipc)://.", text):
+            raise ValueError(f"an address as in tcp://127.0.0.1:28332 is needed, got {text!r}")
+    return tuple(texts)
+
+
 def _one_of(*choices: str) -> Callable[[object], str]:
     def parse(value: object) -> str:
         if not isinstance(value, str) or value not in choices:
@@ -137,6 +160,39 @@ OPTIONS: Final = (
         metavar="DIR",
         help="Where the sharechain is kept. [default: p2pool/NETWORK below $XDG_DATA_HOME or ~/.local/share]",
         parse=_path,
+    ),
+    Option(
+        name="bitcoind",
+        metavar="URL",
+        help="Bitcoin node's RPC: [http://][USER:PASSWORD@]HOST[:PORT]. May be given more than once; the first is used "
+        "while it can be. [default: on regtest a Bitcoin of our own; else 127.0.0.1]",
+        parse=_bitcoinds,
+        is_list=True,
+    ),
+    Option(
+        name="cookie_file",
+        metavar="FILE",
+        help="Where the Bitcoin node writes its RPC password. [default: .cookie below ~/.bitcoin]",
+        parse=_path,
+    ),
+    Option(
+        name="rpc_user",
+        metavar="USER",
+        help="Name for the Bitcoin node's RPC, instead of a cookie.",
+        parse=_text,
+    ),
+    Option(
+        name="rpc_password",
+        metavar="PASSWORD",
+        help="Password for it. Others on this machine can read a command line: better in the file or the environment.",
+        parse=_text,
+    ),
+    Option(
+        name="zmq",
+        metavar="ADDRESS",
+        help="Where the Bitcoin node publishes hashblock, as in tcp://127.0.0.1:28332. May be given more than once.",
+        parse=_zmq,
+        is_list=True,
     ),
     Option(
         name="address",
@@ -225,6 +281,12 @@ class Config:
     network: str
     params: Params
     data_dir: Path
+    #: As given: with passwords.
+    bitcoind: tuple[str, ...] = field(repr=False)
+    cookie_file: Path | None
+    rpc_user: str | None
+    rpc_password: str | None = field(repr=False)
+    zmq: tuple[str, ...]
     address: str | None
     stratum_host: str
     stratum_port: int

@@ -23,11 +23,14 @@ import trio
 
 from p2pool.bitcoin_backend import BitcoinBackend, BlockTemplate, HeaderFacts, SubmitResult
 from p2pool.bitcoin_backend.address import AddressError, decode_address
+from p2pool.bitcoin_backend.headers import CHAIN_RULES
+from p2pool.bitcoin_backend.template import empty_template
 from p2pool.blocks import RETRY_S, BlockSubmitter, FoundBlock
 from p2pool.database import DataDirectory
-from p2pool.errors import BackendError, ConfigError, StratumError
+from p2pool.errors import BackendError, BackendRefusal, ConfigError, StratumError
 from p2pool.exchange import NO_PARENT, BlockExchange
 from p2pool.jobs import Candidate, JobBook, next_work
+from p2pool.outage import Outage
 from p2pool.p2p.network import Network, NetworkDesk, NetworkStatistics
 from p2pool.report import load_chain
 from p2pool.stratum.login import parse_user, payout_class_for
@@ -41,12 +44,21 @@ from sharechain.share import Share, is_payout_script
 from sharechain.store import StoredShare
 from sharechain.validate import BlockFacts, is_block
 
-__all__ = ["BlockOutcome", "Node", "NodeStatistics"]
+__all__ = ["BlockOutcome", "Node", "NodeStatistics", "script_of"]
 
 logger = logging.getLogger("p2pool.node")
 
 #: Seconds. Miners drop a pool that is silent for 60 to 120 s, so that there is fresh work at least so often.
 WORK_INTERVAL_S: Final = 20.0
+#: Seconds between two templates on one tip; the newer one is used if it is worth it, or after so many seconds.
+TEMPLATE_INTERVAL_S: Final = 10.0
+TEMPLATE_AGE_S: Final = 30.0
+#: A newer template is worth new jobs if it pays more by one part in so many.
+WORTH: Final = 100
+#: Seconds that miners may be left on a block that is no longer the last, while the Bitcoin node makes a template.
+BRIDGE_S: Final = 0.2
+#: Seconds of empty blocks after which the operator is told.
+EMPTY_S: Final = 5.0
 #: Share difficulties that a miner may ask for; the rules narrow them further.
 MIN_DIFFICULTY: Final = 2.0**-31
 MAX_DIFFICULTY: Final = 2.0**200
@@ -107,9 +119,10 @@ class _Counters:
 class Node:
     """One node on one data directory and one Bitcoin backend.
 
-    Mutable fields: ``chain`` and the store (written only by ``accept`` and what it calls), ``_template`` (the newest
-    from Bitcoin), ``_book`` with ``_notifies`` (jobs by desk id), ``_outcomes`` (what Bitcoin said of blocks whose
-    share is not in the chain yet), ``blocks``, ``network``, ``_synced_at`` and ``_unsynced``, and the counters.
+    Mutable fields: ``chain`` and the store (written only by ``accept`` and what it calls), ``_template`` (from
+    Bitcoin, the one that miners work on, since ``_template_since``), ``_book`` with ``_notifies`` (jobs by desk
+    id), ``_outcomes`` (what Bitcoin said of blocks whose share is not in the chain yet), ``blocks``, ``network``,
+    ``_synced_at`` and ``_unsynced``, and the counters.
     Invariant: the store holds what the chain holds.
     """
 
@@ -148,11 +161,12 @@ class Node:
         self._store = directory.store
         self._backend = backend
         self._clock = clock
-        self._default_script = None if default_address is None else _script_of(default_address, params)
+        self._default_script = None if default_address is None else script_of(default_address, params)
         self._unsettled: list[bytes] = []
         self.chain: Final = load_chain(params, self._store, self._note_unsettled(self._store.shares()))
         self.server: Final = StratumServer(self, stratum)
         self._template: BlockTemplate | None = None
+        self._template_since = -math.inf
         self._bitcoin_height = -1
         self._book = JobBook(self.chain, first_id=int(clock() * 1000) & 0xFFFFFFFF)
         self._notifies: dict[str, Notify] = {}
@@ -461,36 +475,86 @@ class Node:
             self._record(change)
 
     async def _follow_bitcoin(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        retry_s, started = RETRY_S[0], False
+        retry_s, tip, outage = RETRY_S[0], b"", Outage()
         while True:
+            try:
+                template, facts = await self._fetch_template(tip)
+                self._take_template(template, facts)
+                task_status.started()
+                task_status = trio.TASK_STATUS_IGNORED
+                if (text := outage.ended(trio.current_time())) is not None:
+                    logger.info("the Bitcoin node gives work again, %s", text)
+                retry_s = RETRY_S[0]
+                tip = await self._backend.wait_for_tip(template.previous_block_hash, TEMPLATE_INTERVAL_S)
+            except BackendError as error:
+                if self._template is None and isinstance(error, BackendRefusal):
+                    raise
+                text = outage.failed(str(error), trio.current_time())
+                if text is not None:
+                    logger.error("the Bitcoin node gives no work, miners stay on what they have: %s", text)
+                await trio.sleep(retry_s)
+                retry_s = min(2 * retry_s, RETRY_S[1])
+
+    async def _fetch_template(self, tip: bytes) -> tuple[BlockTemplate, HeaderFacts | None]:
+        """A new template; if that takes long and the tip is another, miners get an empty one meanwhile.
+
+        Args:
+            tip: the Bitcoin block that is to be built on as far as we know.
+
+        Raises:
+            BackendError: there is none now.
+        """
+        error: BackendError | None = None
+        async with trio.open_nursery() as nursery:
+            if self._template is not None and tip != self._template.previous_block_hash:
+                nursery.start_soon(self._bridge, tip, self._template.version)
             try:
                 template = await self._backend.block_template()
                 facts = await self._backend.header_facts(template.previous_block_hash)
-            except BackendError as error:
-                if not started:
-                    raise
-                logger.error("the Bitcoin node does not answer, next try in %.1f s: %s", retry_s, error)
-                await trio.sleep(retry_s)
-                retry_s = min(2 * retry_s, RETRY_S[1])
-                continue
-            retry_s = RETRY_S[0]
-            old, self._template = self._template, template
-            clean = old is None or old.previous_block_hash != template.previous_block_hash
-            self._bitcoin_height = template.height - 1
-            self.blocks.learn(template, facts)
-            if facts is not None:
-                self._learn(facts)
-            if clean:
-                self._look_for_anchors()
-            self._renew_work(clean=clean)
-            if not started:
-                started = True
-                task_status.started()
-            try:
-                await self._backend.wait_for_tip(template.previous_block_hash, WORK_INTERVAL_S)
-            except BackendError as error:
-                logger.error("the Bitcoin node does not tell its tip: %s", error)
-                await trio.sleep(retry_s)
+            except BackendError as caught:
+                error = caught
+            nursery.cancel_scope.cancel()
+        if error is not None:
+            raise error
+        return template, facts
+
+    async def _bridge(self, tip: bytes, version: int) -> None:
+        await trio.sleep(BRIDGE_S)
+        try:
+            facts = await self._backend.header_facts(tip)
+        except BackendError:
+            return  # told by who asks for the template
+        rules = CHAIN_RULES[self.params.bitcoin_network]
+        if facts is None or (rules.bip94 and (facts.height + 1) % rules.interval == 0):
+            return  # the second: BIP94 demands more of the time than facts say
+        template = empty_template(facts, version=version, halving_interval=rules.halving_interval, now=self._clock())
+        if self._template is not None and template.previous_block_hash != self._template.previous_block_hash:
+            self._take_template(template, facts)
+            await trio.sleep(EMPTY_S)
+            logger.warning("no template for %.0f s: empty blocks are mined until the Bitcoin node gives one", EMPTY_S)
+
+    def _take_template(self, template: BlockTemplate, facts: HeaderFacts | None) -> None:
+        """Give miners new work if the template is for another block, is worth it, or the last one is old or empty."""
+        old, moment = self._template, trio.current_time()
+        clean = old is None or old.previous_block_hash != template.previous_block_hash
+        if old is not None and not clean:
+            is_better = (template.coinbase_value - old.coinbase_value) * WORTH >= old.coinbase_value
+            is_first = bool(template.transactions) and not old.transactions
+            if not (is_better or is_first or moment - self._template_since >= TEMPLATE_AGE_S):
+                return
+        self._template, self._template_since = template, moment
+        self._bitcoin_height = template.height - 1
+        self.blocks.learn(template, facts)
+        if facts is not None:
+            self._learn(facts)
+        if clean:
+            self._look_for_anchors()
+        self._renew_work(clean=clean)
+
+    def _compare_bitcoin(self, moment: float) -> None:
+        rows = () if self.network is None else self.network.statistics().peers
+        heights = [height for row in rows if (height := row.get("bitcoin_height")) is not None]
+        self.blocks.compare(self._bitcoin_height, heights, moment)
 
     def _status(self, now: float) -> dict[str, Any]:
         """For the commands that look at a running node."""
@@ -593,6 +657,7 @@ class Node:
                 await trio.lowlevel.checkpoint()
             if moment - told_at >= STATUS_INTERVAL_S:
                 told_at = moment
+                self._compare_bitcoin(moment)
                 try:
                     self._directory.write_status(self._status(now))
                 except OSError as error:
@@ -614,7 +679,8 @@ def _found_block(candidate: Candidate) -> FoundBlock:
     )
 
 
-def _script_of(address: str, params: Params) -> bytes:
+def script_of(address: str, params: Params) -> bytes:
+    """What pays the operator's address. Raises: ConfigError, it is none of this network."""
     try:
         return decode_address(address, params.bitcoin_network)
     except AddressError as error:

@@ -1,4 +1,4 @@
-"""Runs a node or a miner as a process: signals, the embedded Bitcoin, the listening port, the end."""
+"""Runs a node or a miner as a process: signals, the Bitcoin node, the listening port, the end."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import math
 import random
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 import trio
 
@@ -17,16 +18,18 @@ from p2pool.config import Config
 from p2pool.database import DataDirectory
 from p2pool.errors import ConfigError
 from p2pool.miner import Miner, MinerEvent, MinerStatistics, mine
-from p2pool.node import Node
+from p2pool.node import Node, script_of
 from p2pool.p2p.network import Network, NetworkDesk
 from p2pool.p2p.peers import PeerBook, PeerLimits
 from p2pool.stratum.server import ServerSettings, open_listeners
 from p2pool.stratum.vardiff import VardiffSettings
 
 if TYPE_CHECKING:
+    from p2pool.bitcoin_backend.jsonrpc import Endpoint
     from p2pool.bitcoin_backend.kernel import KernelBackend
+    from p2pool.bitcoin_backend.rpc import RpcBackend
 
-__all__ = ["run_miner", "run_node", "until_signal"]
+__all__ = ["bitcoin_endpoints", "embeds_bitcoin", "open_bitcoin", "run_miner", "run_node", "until_signal"]
 
 logger = logging.getLogger("p2pool")
 
@@ -64,21 +67,85 @@ def run_node(config: Config, *, beside: Callable[[KernelBackend], Awaitable[None
         BackendError: the Bitcoin node cannot be reached or opened.
         StoreError: the stored sharechain is damaged or another network's.
     """
-    if config.params.bitcoin_network != "regtest":
-        raise ConfigError(
-            f"--network {config.network}: needs a Bitcoin node over RPC, which this version does not speak yet; "
-            "--network regtest embeds its own"
-        )
     trio.run(until_signal, lambda: _run_node(config, beside))
 
 
-async def _run_node(config: Config, beside: Callable[[KernelBackend], Awaitable[None]] | None) -> None:
-    from p2pool.bitcoin_backend.kernel import KernelBackend
+def embeds_bitcoin(config: Config) -> bool:
+    """Whether the node runs a Bitcoin of its own: on regtest, unless a Bitcoin node is named."""
+    return config.params.bitcoin_network == "regtest" and not config.bitcoind
 
-    directory = DataDirectory(config.data_dir, config.params)
-    try:
+
+@asynccontextmanager
+async def open_bitcoin(config: Config, *, wait: bool = True) -> AsyncIterator[KernelBackend | RpcBackend]:
+    """The Bitcoin that the operator chose, as long as the context lasts; a node that is not there yet is waited for.
+
+    Args:
+        config: what the operator chose.
+        wait: for a Bitcoin node that is not there, and begin a chain if there is no embedded one.
+
+    Raises:
+        ConfigError: what the operator asked for cannot be done.
+        BackendError: the embedded Bitcoin cannot be opened, or no node is there and none is waited for.
+    """
+    if embeds_bitcoin(config):
+        from p2pool.bitcoin_backend.kernel import KernelBackend
+
+        if not wait and not (config.data_dir / "bitcoin").is_dir():
+            raise ConfigError(f"{config.data_dir} has no Bitcoin of its own: name a Bitcoin node with --bitcoind")
         backend = await trio.to_thread.run_sync(KernelBackend.open, config.data_dir / "bitcoin")
         try:
+            yield backend
+        finally:
+            with trio.CancelScope(shield=True):
+                await backend.aclose()
+        return
+    from p2pool.bitcoin_backend.hashblock import check_zmq
+    from p2pool.bitcoin_backend.rpc import connect_bitcoin
+    from p2pool.bitcoin_backend.selection import coinbase_reserve
+
+    for address in config.zmq:
+        check_zmq(address)
+    weight, sigops = coinbase_reserve(max(config.params.payout_classes))
+    async with connect_bitcoin(
+        bitcoin_endpoints(config),
+        network=config.params.bitcoin_network,
+        reserved_weight=weight,
+        reserved_sigops=sigops,
+        zmq=config.zmq if wait else (),
+        wait=wait,
+    ) as rpc:
+        yield rpc
+
+
+def bitcoin_endpoints(config: Config) -> list[Endpoint]:
+    """The Bitcoin nodes that the operator named; one on this machine if there is none.
+
+    Raises:
+        ConfigError: user and password do not go together.
+    """
+    from p2pool.bitcoin_backend.jsonrpc import parse_endpoint
+
+    try:
+        return [
+            parse_endpoint(
+                text,
+                network=config.params.bitcoin_network,
+                cookie_file=config.cookie_file,
+                user=config.rpc_user,
+                password=config.rpc_password,
+            )
+            for text in config.bitcoind or ("127.0.0.1",)
+        ]
+    except ValueError as error:
+        raise ConfigError(f"--bitcoind: {error}") from None
+
+
+async def _run_node(config: Config, beside: Callable[[KernelBackend], Awaitable[None]] | None) -> None:
+    if config.address is not None:
+        script_of(config.address, config.params)  # told before a Bitcoin node is waited for
+    directory = DataDirectory(config.data_dir, config.params)
+    try:
+        async with open_bitcoin(config) as backend:
             node = Node(
                 directory=directory,
                 params=config.params,
@@ -91,7 +158,8 @@ async def _run_node(config: Config, beside: Callable[[KernelBackend], Awaitable[
             async with trio.open_nursery() as nursery:
                 await nursery.start(node.run, listeners)
                 if beside is not None:
-                    nursery.start_soon(beside, backend)
+                    assert embeds_bitcoin(config), "what runs beside a node needs its own Bitcoin"
+                    nursery.start_soon(beside, cast("KernelBackend", backend))
                 chain = node.statistics().chain
                 logger.info(
                     "network %s (%s), %d shares, height %d; data in %s",
@@ -105,9 +173,6 @@ async def _run_node(config: Config, beside: Callable[[KernelBackend], Awaitable[
                     logger.info("nodes connect to %s", address)
                 for host, port in node.server.addresses:
                     logger.info("miners connect to stratum+tcp://%s:%d, user name: their Bitcoin address", host, port)
-        finally:
-            with trio.CancelScope(shield=True):
-                await backend.aclose()
     finally:
         directory.close()
 

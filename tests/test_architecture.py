@@ -40,22 +40,40 @@ WORLD |= {"socket", "ssl", "subprocess", "tempfile", "threading", "time", "trio"
 IO_FILES = {
     *(
         "bench",
+        "bench_bitcoin",
         "bench_network",
+        "bench_template",
         "blocks",
         "cli",
         "cluster",
         "cluster_demo",
         "database",
         "demo",
+        "doctor",
+        "doctor_bitcoin",
         "lab",
         "miner",
         "node",
         "service",
     ),
-    *("bitcoin_backend/kernel", "bitcoin_backend/rpc", "exchange", "stratum/server", "web/server"),
+    *("bitcoin_backend/kernel", "bitcoin_backend/rpc", "bitcoin_backend/nodes", "bitcoin_backend/jsonrpc"),
+    *("bitcoin_backend/hashblock", "exchange", "stratum/server", "web/server"),
     *("p2p/__init__", "p2p/network", "p2p/blocks", "p2p/intake", "p2p/frames", "p2p/host", "p2p/lan", "p2p/hardening"),
 }
-IO_MODULES = {"trio", "socket", "plyvel", "plyvel_next", "time", "random", "secrets", "select", "libp2p", "pbk"}
+IO_MODULES = {
+    "trio",
+    "socket",
+    "plyvel",
+    "plyvel_next",
+    "time",
+    "random",
+    "secrets",
+    "select",
+    "libp2p",
+    "pbk",
+    "httpx",
+    "zmq",
+}
 ROOMS = ("bitcoin_backend", "stratum", "p2p", "web")
 NO_NAMES = {"utils", "util", "common", "base", "helpers", "helper", "manager", "misc"}
 

@@ -153,6 +153,32 @@ def build_template(
     )
 
 
+def empty_template(facts: HeaderFacts, *, version: int, halving_interval: int, now: float) -> BlockTemplate:
+    """Make a template without transactions of nothing but what is known of the block before it.
+
+    While a Bitcoin node takes its time with the first template on a new tip, miners can work on this one. Not for the
+    first block of a retarget period where BIP94 is in force: its time depends on more than the facts say.
+
+    Arguments:
+        facts: of the block to build on.
+        version: of the header: that of the last template.
+        halving_interval: blocks between two halvings.
+        now: Unix seconds.
+    """
+    min_time = facts.median_time + 1
+    return build_template(
+        version=version,
+        previous_block_hash=facts.block_hash,
+        height=facts.height + 1,
+        bits=facts.next_bits,
+        min_time=min_time,
+        time=max(min_time, int(now)),
+        coinbase_value=block_subsidy(facts.height + 1, halving_interval),
+        transactions=(),
+        late=facts.late,
+    )
+
+
 def block_subsidy(height: int, halving_interval: int) -> int:
     """Give the new coins that a block at `height` may create, in sat.
 

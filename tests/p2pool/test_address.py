@@ -37,6 +37,18 @@ VALID = [
         "mainnet",
         "512079be667ef9dcbbac55a06295ce870b07029bfcdb2dce28d959f2815b16f81798",
     ),
+    # Bitcoin Core's own vectors (key_io_valid.json): regtest's prefix is in neither BIP.
+    ("bcrt1qdavt4j2sd7dlhqsavtnfxvzppw6k7qy97tmnu9", "regtest", "00146f58bac9506f9bfb821d62e69330410bb56f0085"),
+    (
+        "bcrt1qan8gntac7z7me2ejt4hpru42ad2f759fmy0m3ejvs98656znv7eqga4uhv",
+        "regtest",
+        "0020ecce89afb8f0bdbcab325d6e11f2aaeb549f50a9d91fb8e64c814faa685367b2",
+    ),
+    (
+        "bcrt1pfwxjqvtt4tcxrtdluukfmy2dv7xd2qzdfy6kajv5nwn4yam3wxkq3553uh",
+        "regtest",
+        "51204b8d20316baaf061adbfe72c9d914d678cd5004d49356ec9949ba752777171ac",
+    ),
 ]
 
 
@@ -75,6 +87,26 @@ def test_a_published_address_decodes_and_encodes(address: str, network: str, scr
         ("tb1p0xlxvlhemja6c4dqv22uapctqupfhlxm9h8z3k2e72q4k9hcz7vpggkg4j", "bad padding"),
         ("bc1gmk9yu", "too short"),
         ("tc1qw508d6qejxtdg4y5r3zarvary0c5xw7kg3g4ty", "not a base58 character"),
+        ("tc1p0xlxvlhemja6c4dqv22uapctqupfhlxm9h8z3k2e72q4k9hcz7vq5zuyut", "not a base58 character"),
+        # BIP173 had these valid; BIP350 gave versions above 0 another checksum.
+        ("bc1pw508d6qejxtdg4y5r3zarvary0c5xw7kw508d6qejxtdg4y5r3zarvary0c5xw7k7grplx", "version 1 needs bech32m"),
+        ("BC1SW50QA3JX3S", "version 16 needs bech32m"),
+        ("bc1zw508d6qejxtdg4y5r3zarvaryvg6kdaj", "version 2 needs bech32m"),
+        # What else BIP173 has as invalid.
+        ("BC13W508D6QEJXTDG4Y5R3ZARVARY0C5XW7KN40WF2", "version 17 needs bech32m"),
+        ("bc1rw5uspcuh", "version 3 needs bech32m"),
+        (
+            "bc10w508d6qejxtdg4y5r3zarvary0c5xw7kw508d6qejxtdg4y5r3zarvary0c5xw7kw5rljs90",
+            "version 15 needs bech32m",
+        ),
+        ("tb1qrp33g0q5c5txsp9arysrx4k6zdkfs4nce4xj0gdcccefvpysxf3q0sL5k7", "mixed case"),
+        ("bc1zw508d6qejxtdg4y5r3zarvaryvqyzf3du", "version 2 needs bech32m"),
+        ("tb1qrp33g0q5c5txsp9arysrx4k6zdkfs4nce4xj0gdcccefvpysxf3pjxtptv", "bad padding"),
+        # What a hand adds to a good one.
+        ("Bc1qw508d6qejxtdg4y5r3zarvary0c5xw7kv8f3t4", "mixed case"),
+        (" bc1qw508d6qejxtdg4y5r3zarvary0c5xw7kv8f3t4", "' ' is not a base58 character"),
+        ("bc1qw508d6qejxtdg4y5r3zarvary0c5xw7kv8f3t4 ", "' ' is not a bech32 character"),
+        ("bc1", "too short"),
         ("bc1qw508d6qejxtdg4y5r3zarvary0c5xw7kv8f3t5", "bad checksum"),
         ("1A1zP1eP5QGefi2DMPTfTL5SLmv7DivfNb", "bad checksum"),
         ("1A1zP1eP5QGefi2DMPTfTL5SLmv7Div", "expected 25"),
@@ -117,6 +149,96 @@ def test_a_broken_address_is_refused_with_its_fault(address: str, reason: str) -
 def test_an_address_of_another_network_is_refused_by_name(address: str, network: str, message: str) -> None:
     with pytest.raises(AddressError, match=message):
         decode_address(address, network)
+
+
+#: One address of each of the five types on each network, and the networks that it is good for.
+KINDS = {
+    "P2PKH": {"mainnet": ("mainnet",), "testnet4": NETWORKS[1:], "signet": NETWORKS[1:], "regtest": NETWORKS[1:]},
+    "P2SH": {"mainnet": ("mainnet",), "testnet4": NETWORKS[1:], "signet": NETWORKS[1:], "regtest": NETWORKS[1:]},
+    **{
+        kind: {
+            "mainnet": ("mainnet",),
+            "testnet4": ("testnet4", "signet"),
+            "signet": ("testnet4", "signet"),
+            "regtest": ("regtest",),
+        }
+        for kind in ("P2WPKH", "P2WSH", "P2TR")
+    },
+}
+
+
+@pytest.mark.parametrize("theirs", NETWORKS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_type_of_address_is_paid_on_its_networks_and_refused_with_their_names_on_others(
+    kind: str, theirs: str
+) -> None:
+    script = _script(list(KINDS).index(kind), bytes(range(32)))
+    address = encode_address(script, theirs)
+    assert address is not None
+    good = KINDS[kind][theirs]
+    named = {1: "{}", 2: "{} or {}", 3: "{}, {} or {}"}[len(good)].format(*good)
+    for ours in NETWORKS:
+        if ours in good:
+            assert decode_address(address, ours) == script
+            continue
+        with pytest.raises(AddressError) as caught:
+            decode_address(address, ours)
+        assert str(caught.value) == f"{address} is a {named} address; this node mines {ours}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        # Valid bech32 (BIP173).
+        "A12UEL5L",
+        "a12uel5l",
+        "an83characterlonghumanreadablepartthatcontainsthenumber1andtheexcludedcharactersbio1tt5tgs",
+        "abcdef1qpzry9x8gf2tvdw0s3jn54khce6mua7lmqqqxw",
+        "11qqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqqc8247j",
+        "split1checkupstagehandshakeupstreamerranterredcaperred2y9e3w",
+        "?1ezyfcl",
+        # Invalid bech32 (BIP173).
+        " 1nwldj5",
+        "\x7f1axkwrx",
+        "\x801eym55h",
+        "an84characterslonghumanreadablepartthatcontainsthenumber1andtheexcludedcharactersbio1569pvx",
+        "pzry9x0s0muk",
+        "1pzry9x0s0muk",
+        "x1b4n0q5v",
+        "li1dgmt3",
+        "de1lg7wt\xff",
+        "A1G7SGD8",
+        "10a06t8",
+        "1qzzfhee",
+        # Valid bech32m (BIP350).
+        "A1LQFN3A",
+        "a1lqfn3a",
+        "an83characterlonghumanreadablepartthatcontainsthetheexcludedcharactersbioandnumber11sg7hg6",
+        "abcdef1l7aum6echk45nj3s0wdvt2fg8x9yrzpqzd3ryx",
+        "11llllllllllllllllllllllllllllllllllllllllllllllllllllllllllllllllllllllllllllllllllludsr8",
+        "split1checkupstagehandshakeupstreamerranterredcaperredlc445v",
+        "?1v759aa",
+        # Invalid bech32m (BIP350).
+        " 1xj0phk",
+        "\x7f1g6xzxy",
+        "\x801vctc34",
+        "an84characterslonghumanreadablepartthatcontainsthetheexcludedcharactersbioandnumber11d6pts4",
+        "qyrz8wqd2c9m",
+        "1qyrz8wqd2c9m",
+        "y1b0jsk6g",
+        "lt1igcx5c0",
+        "in1muywd",
+        "mm1crxm3i",
+        "au1s5cgom",
+        "M1VUXWEZ",
+        "16plkw9",
+        "1p2gdwpf",
+    ],
+)
+def test_bech32_that_is_no_address_is_refused_whether_it_is_sound_or_not(text: str) -> None:
+    for network in NETWORKS:
+        with pytest.raises(AddressError):
+            decode_address(text, network)
 
 
 def test_an_unknown_base58_version_is_refused() -> None:

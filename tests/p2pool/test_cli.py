@@ -346,11 +346,43 @@ def test_what_the_operator_got_wrong_is_one_line(arguments: list[str], texts: li
     assert_clear(done, 1, "p2pool: error: ", *texts)
 
 
-@pytest.mark.parametrize("network", ["mainnet", "testnet4", "signet"])
-def test_a_network_that_needs_a_bitcoin_node_says_so(here: Call, network: str, tmp_path: Path) -> None:
-    done = here("run", "--network", network, "--data-dir", str(tmp_path / "data"))
-    assert_clear(done, 1, f"--network {network}: needs a Bitcoin node over RPC")
-    assert not (tmp_path / "data").exists()
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--bitcoind", "http://user:hunter2@nowhere:x"], "--bitcoind: a Bitcoin node's address is host:port"),
+        (["--rpc-user", "somebody"], "--bitcoind: a user and a password for the Bitcoin node go together"),
+        (["--zmq", "tcp://nothing"], "--zmq: tcp://nothing: "),
+        (
+            ["--address", "bcrt1q3467skzz9faljvpw57qsqval3220uq88kh4h5v"],
+            "is a regtest address; this node mines mainnet",
+        ),
+    ],
+)
+def test_a_mistake_about_bitcoin_is_told_before_any_bitcoin_node_is_asked(
+    here: Call, arguments: list[str], text: str, tmp_path: Path
+) -> None:
+    done = here("run", "--network", "mainnet", "--data-dir", str(tmp_path / "data"), *arguments)
+    assert_clear(done, 1, "p2pool: error: ", text)
+    assert "hunter2" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_bitcoin_node_that_is_not_there_is_waited_for(tmp_path: Path) -> None:
+    with socket.socket() as reserved:  # nobody listens there, and nobody else gets it
+        reserved.bind(("127.0.0.1", 0))
+        url = f"http://user:hunter2@127.0.0.1:{reserved.getsockname()[1]}"
+        arguments = ("run", "--network", "mainnet", "--data-dir", str(tmp_path / "data"), "--bitcoind", url)
+        with subprocess.Popen(
+            [sys.executable, "-c", "from p2pool.cli import main; main()", *arguments], stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stderr is not None
+            said = process.stderr.readline()
+            process.send_signal(signal.SIGTERM)
+            rest = process.stderr.read()
+            assert process.wait(30) == 0
+    assert "Bitcoin node cannot be used: 127.0.0.1:" in said
+    assert "is the Bitcoin node running" in said
+    assert "hunter2" not in said + rest
 
 
 @pytest.mark.slow

@@ -30,6 +30,16 @@ B = "/dns/node.example.org/tcp/1/p2p/12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWm
 VALUES: dict[str, tuple[object, str, str, tuple[object, object, object]]] = {
     "network": ("regtest", "signet", '"testnet4"', ("regtest", "signet", "testnet4")),
     "data_dir": ("/a", "/b", '"/c"', (Path("/a"), Path("/b"), Path("/c"))),
+    "bitcoind": (("a", "http://u:p@b:1"), "c d:2", '["e"]', (("a", "http://u:p@b:1"), ("c", "d:2"), ("e",))),
+    "cookie_file": ("/a", "/b", '"/c"', (Path("/a"), Path("/b"), Path("/c"))),
+    "rpc_user": ("one", "two", '"three"', ("one", "two", "three")),
+    "rpc_password": ("one", "two", '"three"', ("one", "two", "three")),
+    "zmq": (
+        ("tcp://a:1",),
+        "tcp://a:1,ipc:///b",
+        '["tcp://c:2"]',
+        (("tcp://a:1",), ("tcp://a:1", "ipc:///b"), ("tcp://c:2",)),
+    ),
     "address": ("one", "two", '"three"', ("one", "two", "three")),
     "stratum_host": ("1.1.1.1", "::1", '"0.0.0.0"', ("1.1.1.1", "::1", "0.0.0.0")),
     "stratum_port": ("1", "2", "3", (1, 2, 3)),
@@ -65,6 +75,11 @@ def test_the_defaults() -> None:
         network="mainnet",
         params=NETWORKS["mainnet"],
         data_dir=Path("/data/p2pool/mainnet"),
+        bitcoind=(),
+        cookie_file=None,
+        rpc_user=None,
+        rpc_password=None,
+        zmq=(),
         address=None,
         stratum_host="127.0.0.1",
         stratum_port=3333,
@@ -96,6 +111,10 @@ def test_the_data_directory_follows_the_network_and_the_home_directory(
     [
         ("network", "main"),
         ("stratum_port", "65536"),
+        ("bitcoind", ("http://",)),
+        ("bitcoind", ("ftp://127.0.0.1",)),
+        ("bitcoind", ("127.0.0.1:99999",)),
+        ("zmq", ("127.0.0.1:28332",)),
         ("stratum_port", "-1"),
         ("stratum_port", "\N{SUPERSCRIPT TWO}"),
         ("stratum_port", ""),
@@ -152,7 +171,7 @@ def test_an_unknown_key_is_refused_with_its_line_and_the_known_ones(tmp_path: Pa
     file = written(tmp_path, 'network = "regtest"\nstratum-port = 1\n')
     with pytest.raises(ConfigError) as refused:
         load(file)
-    assert str(refused.value).startswith(f"{file}:2: stratum-port: unknown option; known are address, data_dir, ")
+    assert str(refused.value).startswith(f"{file}:2: stratum-port: unknown option; known are address, bitcoind, ")
 
 
 @pytest.mark.parametrize(
@@ -228,3 +247,13 @@ def test_a_private_network_has_a_name_that_no_known_network_has(tmp_path: Path, 
     file.write_text(f'network = "regtest"\n[params]\n{name}\nmin_payout = 20000\n')
     with pytest.raises(ConfigError, match=r"p2pool.toml:2: params: .* name of its own"):
         load_config({}, {}, file)
+
+
+def test_a_complaint_about_a_bitcoin_node_and_the_configuration_as_text_show_no_password() -> None:
+    secret = "hunter2"
+    with pytest.raises(ConfigError) as complaint:
+        load(bitcoind=(f"http://user:{secret}@bad host:1",))
+    assert str(complaint.value).startswith("--bitcoind: ")
+    assert secret not in str(complaint.value)
+    config = load(bitcoind=(f"http://user:{secret}@127.0.0.1",), rpc_password=secret)
+    assert secret not in repr(config)

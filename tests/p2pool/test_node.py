@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import AsyncIterator
@@ -17,7 +18,7 @@ import p2pool.blocks
 from p2pool.bitcoin_backend import BitcoinBackend, BlockTemplate, HeaderFacts, SubmitResult
 from p2pool.bitcoin_backend.kernel import KernelBackend
 from p2pool.database import DataDirectory, open_copy
-from p2pool.errors import BackendError, ConfigError, StratumError
+from p2pool.errors import BackendError, BackendRefusal, ConfigError, StratumError
 from p2pool.jobs import Candidate
 from p2pool.miner import Miner, mine
 from p2pool.node import Node
@@ -75,9 +76,10 @@ def verified(path: Path) -> VerifyReport:
 class Unreliable:
     """A Bitcoin node behind a bad connection: what is named in ``down`` raises BackendError, the rest is passed on."""
 
-    def __init__(self, inner: KernelBackend, down: set[str] | None = None) -> None:
+    def __init__(self, inner: KernelBackend, down: set[str] | None = None, error: BackendError | None = None) -> None:
         self.inner = inner
         self.down = set() if down is None else down
+        self.error = BackendError("connection refused") if error is None else error
         self.calls: list[str] = []
         self.submitted: list[bytes] = []
         #: Submissions that get through and whose answer is lost.
@@ -86,7 +88,7 @@ class Unreliable:
     def _pass(self, name: str) -> None:
         self.calls.append(name)
         if name in self.down:
-            raise BackendError("connection refused")
+            raise self.error
 
     @property
     def network(self) -> str:
@@ -467,21 +469,45 @@ async def test_a_failing_bitcoin_node_is_asked_again_and_mining_goes_on_meanwhil
 
 
 @pytest.mark.parametrize("method", ["block_template", "header_facts"])
-async def test_a_bitcoin_node_that_fails_at_the_start_is_an_error_of_the_backend(tmp_path: Path, method: str) -> None:
+async def test_a_bitcoin_node_that_refuses_at_the_start_ends_the_node_in_its_words(tmp_path: Path, method: str) -> None:
     directory = DataDirectory(tmp_path, PARAMS)
     kernel = KernelBackend.open(tmp_path / "bitcoin", clock=Clock())
     listeners = open_listeners("127.0.0.1", 0)
     try:
-        node = Node(directory=directory, params=PARAMS, backend=Unreliable(kernel, {method}), clock=Clock())
+        backend = Unreliable(kernel, {method}, error=BackendRefusal(-8, "rules are missing"))
+        node = Node(directory=directory, params=PARAMS, backend=backend, clock=Clock())
         with pytest.raises((BackendError, ExceptionGroup)) as failed:
             await node.run(listeners)
-        assert [str(error) for error in leaves(failed.value)] == ["connection refused"]
+        assert [str(error) for error in leaves(failed.value)] == ["rules are missing"]
         assert all(listener.fileno() < 0 for listener in listeners), "the port is free again"
     finally:
         for listener in listeners:
             listener.close()
         kernel.close()
         directory.close()
+
+
+@pytest.mark.parametrize("method", ["block_template", "header_facts"])
+async def test_a_bitcoin_node_that_is_not_there_at_the_start_is_waited_for_and_told_of_once(
+    tmp_path: Path, method: str, impatient: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "p2pool.node")
+    directory = DataDirectory(tmp_path, PARAMS)
+    kernel = KernelBackend.open(tmp_path / "bitcoin", clock=Clock())
+    try:
+        backend = Unreliable(kernel, {method})
+        node = Node(directory=directory, params=PARAMS, backend=backend, clock=Clock())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(node.run, open_listeners("127.0.0.1", 0))
+            await until(lambda: backend.calls.count(method) >= 5)
+            assert node.statistics().bitcoin_height == -1
+            backend.down.clear()
+            await until(lambda: node.statistics().bitcoin_height == 0)
+            nursery.cancel_scope.cancel()
+    finally:
+        kernel.close()
+        directory.close()
+    assert [record.levelname for record in caplog.records if "gives" in record.message] == ["ERROR", "INFO"]
 
 
 async def test_a_bitcoin_node_that_fails_while_old_blocks_are_settled_is_asked_again(
