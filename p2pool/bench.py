@@ -52,9 +52,15 @@ START_TIME: Final = 1_700_000_000
 Row = dict[str, Any]
 
 
-def run_bench(name: str, *, quick: bool) -> Iterator[Row]:
-    """Run one of ``BENCHES``, row by row."""
-    for row in BENCHES[name](quick):
+def run_bench(name: str, *, quick: bool, **choices: Any) -> Iterator[Row]:
+    """Run one of ``BENCHES``, row by row.
+
+    Args:
+        name: which one.
+        quick: a tenth of the size.
+        choices: what the benchmark takes besides; only ``template`` does.
+    """
+    for row in BENCHES[name](quick, **choices):
         yield {"bench": name, **row}
 
 
@@ -370,6 +376,13 @@ def _bench_sync(quick: bool) -> Iterator[Row]:
     yield from bench_sync(quick)
 
 
+def _bench_template(quick: bool, **choices: Any) -> Iterator[Row]:
+    """A new Bitcoin block, from the Bitcoin node to the miners, against a bare fetch and a bare loop of send."""
+    from p2pool.bench_template import bench_template
+
+    yield from bench_template(quick, **choices)
+
+
 def _best_us(call: Callable[[], object], *, repeats: int = 50) -> float:
     times = []
     for _ in range(repeats):
@@ -380,10 +393,11 @@ def _best_us(call: Callable[[], object], *, repeats: int = 50) -> float:
 
 
 #: Name to benchmark. Each is given ``quick`` and yields its rows.
-BENCHES: Final[Mapping[str, Callable[[bool], Iterator[Row]]]] = {
+BENCHES: Final[Mapping[str, Callable[..., Iterator[Row]]]] = {
     "accept": _bench_accept,
     "payout": _bench_payout,
     "store": _bench_store,
     "hasher": _bench_hasher,
     "sync": _bench_sync,
+    "template": _bench_template,
 }

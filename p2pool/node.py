@@ -527,7 +527,13 @@ class Node:
         rules = CHAIN_RULES[self.params.bitcoin_network]
         if facts is None or (rules.bip94 and (facts.height + 1) % rules.interval == 0):
             return  # the second: BIP94 demands more of the time than facts say
-        template = empty_template(facts, version=version, halving_interval=rules.halving_interval, now=self._clock())
+        template = empty_template(
+            facts,
+            version=version,
+            halving_interval=rules.halving_interval,
+            now=self._clock(),
+            commits_always=rules.network == "signet",
+        )
         if self._template is not None and template.previous_block_hash != self._template.previous_block_hash:
             self._take_template(template, facts)
             await trio.sleep(EMPTY_S)

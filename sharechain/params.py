@@ -58,8 +58,8 @@ class Params:
     #: How many times harder than the chain asks a share may be (R8). Fork choice counts a share's whole work, so that
     #: one share of k + 1 times the work would undo k others: the fewer, the less luck can rewrite.
     heaviest_share: int = 4
-    #: The easiest share target: 256-bit number (R2), and that of a new chain. Until the difficulty has caught up with the
-    #: hash rate there is a storm of shares: test networks begin where one core finds some in a second.
+    #: The easiest share target: 256-bit number (R2), and that of a new chain. Until the difficulty has caught up with
+    #: the hash rate there is a storm of shares: test networks begin where one core finds some in a second.
     max_target: int = 2**224 - 1
     #: Length of the PPLNS window in expected Bitcoin blocks of work: a share is never paid with e^-window_blocks.
     window_blocks: int = 4

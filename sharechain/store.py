@@ -116,7 +116,8 @@ class Store:
             raise StoreError(
                 "m/params",
                 f"the database belongs to network {known.name!r} ({known.network_id.hex()}), "
-                f"not to {params.name!r} ({params.network_id.hex()})",
+                f"not to {params.name!r} ({params.network_id.hex()})"
+                + (": its parameters are others" if known.name == params.name else ""),
             )
         sequence = self._database.get(_SEQUENCE_KEY)
         if sequence is None:

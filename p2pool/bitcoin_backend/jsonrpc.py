@@ -399,8 +399,8 @@ class RpcClient:
         if status == 503:
             raise self._error(
                 what,
-                "the Bitcoin node is too busy to take the call (HTTP 503): other programs ask it, or rpcthreads and"
-                " rpcworkqueue are too small",
+                "the Bitcoin node is stopping, or too busy to take the call (HTTP 503): other programs ask it, or"
+                " rpcthreads and rpcworkqueue are too small",
             )
         if status == 200:
             raise self._error(

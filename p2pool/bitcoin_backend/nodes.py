@@ -136,6 +136,8 @@ class RpcNodes:
                 raise mistakes[0]
             self._choose_active()
             if self.active.usable:
+                node = self.active
+                logger.info("Bitcoin node %s (%s) at block %d is used", node.name, node.agent or "no name", node.height)
                 return
             if not wait:
                 raise BackendError("no Bitcoin node can be used")  # the log says why

@@ -137,6 +137,7 @@ def read_template(
         transactions=transactions,
         late=late,
         coinbase_aux=_read_aux(template),
+        commits_always=network == "signet",
     )
     if commitment is not None and len(transactions) == len(proposed):
         ours = made.witness_commitment or witness_commitment_of([transaction.wtxid for transaction in transactions])

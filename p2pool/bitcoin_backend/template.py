@@ -129,13 +129,15 @@ def build_template(
     transactions: Sequence[TemplateTransaction],
     late: tuple[int, int] | None = None,
     coinbase_aux: bytes = b"",
+    commits_always: bool = False,
 ) -> BlockTemplate:
     """Make a template of what a Bitcoin node says; compute the commitment and the branch from it.
 
-    Arguments: as the fields of `BlockTemplate` that bear their names.
+    Arguments: as the fields of `BlockTemplate` that bear their names, and
+        commits_always: commit to the witnesses even if there are none, as signet's blocks must (BIP325).
     """
     commitment = None
-    if any(transaction.wtxid != transaction.txid for transaction in transactions):
+    if commits_always or any(transaction.wtxid != transaction.txid for transaction in transactions):
         commitment = witness_commitment_of([transaction.wtxid for transaction in transactions])
     return BlockTemplate(
         version=version,
@@ -153,7 +155,9 @@ def build_template(
     )
 
 
-def empty_template(facts: HeaderFacts, *, version: int, halving_interval: int, now: float) -> BlockTemplate:
+def empty_template(
+    facts: HeaderFacts, *, version: int, halving_interval: int, now: float, commits_always: bool = False
+) -> BlockTemplate:
     """Make a template without transactions of nothing but what is known of the block before it.
 
     While a Bitcoin node takes its time with the first template on a new tip, miners can work on this one. Not for the
@@ -164,6 +168,7 @@ def empty_template(facts: HeaderFacts, *, version: int, halving_interval: int, n
         version: of the header: that of the last template.
         halving_interval: blocks between two halvings.
         now: Unix seconds.
+        commits_always: see `build_template`.
     """
     min_time = facts.median_time + 1
     return build_template(
@@ -176,6 +181,7 @@ def empty_template(facts: HeaderFacts, *, version: int, halving_interval: int, n
         coinbase_value=block_subsidy(facts.height + 1, halving_interval),
         transactions=(),
         late=facts.late,
+        commits_always=commits_always,
     )
 
 

@@ -26,7 +26,7 @@ def exchange(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> BlockExchange:
 async def test_a_bitcoin_that_stays_behind_most_others_is_told_of_once_and_so_is_that_it_caught_up(
     exchange: BlockExchange, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for second in range(0, int(BEHIND_S) + 60):
+    for second in range(int(BEHIND_S) + 60):
         exchange.compare(100, [100, 100 + BEHIND_BLOCKS, 100 + BEHIND_BLOCKS], second)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "at block 100, most of theirs are at 102 or further" in caplog.text
@@ -49,13 +49,13 @@ async def test_a_bitcoin_that_stays_behind_most_others_is_told_of_once_and_so_is
 async def test_what_is_no_reason_to_worry(
     exchange: BlockExchange, caplog: pytest.LogCaptureFixture, height: int, others: list[int]
 ) -> None:
-    for second in range(0, int(BEHIND_S) + 60):
+    for second in range(int(BEHIND_S) + 60):
         exchange.compare(height, others, second)
     assert not caplog.records
 
 
 async def test_a_short_lag_is_not_told(exchange: BlockExchange, caplog: pytest.LogCaptureFixture) -> None:
-    for second in range(0, 1000):
+    for second in range(1000):
         is_behind = second % 100 < 90
         exchange.compare(100, [110] if is_behind else [100], second)
     assert not caplog.records

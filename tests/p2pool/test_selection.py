@@ -361,6 +361,12 @@ def test_a_rule_that_must_be_known_and_is_not_is_named() -> None:
     assert read(core_template(rules=["csv", "!segwit", "taproot", "drivechain", "!testdummy"])).height == 871_234
 
 
+def test_a_block_of_signet_commits_to_witnesses_that_are_not_there() -> None:
+    result = core_template(transactions=[], default_witness_commitment=None)
+    assert read(result).witness_commitment is None
+    assert read(result, network="signet").witness_commitment == witness_commitment_of([])
+
+
 def test_the_rule_of_signets_is_known_on_signet_alone() -> None:
     result = core_template(rules=["csv", "!segwit", "taproot", "!signet"], signet_challenge="51")
     assert read(result, network="signet").height == 871_234

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 from bitcoin.core import CBlock, CTransaction
@@ -12,10 +13,12 @@ from hypothesis import strategies as st
 
 from p2pool.bitcoin_backend.template import (
     BlockTemplate,
+    HeaderFacts,
     TemplateTransaction,
     assemble_block,
     block_subsidy,
     build_template,
+    empty_template,
     merkle_branch,
     merkle_root,
     witness_commitment_of,
@@ -98,6 +101,17 @@ def test_a_block_without_witnesses_commits_to_none() -> None:
     assert template.witness_commitment is None
     block = assemble_block(bytes(80), COINBASE, template)
     assert block == bytes(80) + b"\x03" + COINBASE + template.transactions[0].raw + template.transactions[1].raw
+
+
+def test_where_blocks_must_always_commit_an_empty_one_does() -> None:
+    facts = HeaderFacts(block_hash=bytes([1]) * 32, height=149, next_bits=0x207FFFFF, median_time=1_000)
+    empty = partial(empty_template, facts, version=4, halving_interval=150, now=2_000.7)
+    plain, committed = empty(), empty(commits_always=True)
+    assert (plain.height, plain.min_time, plain.time, plain.bits) == (150, 1_001, 2_000, 0x207FFFFF)
+    assert plain.coinbase_value == 25 * 100_000_000
+    assert plain.witness_commitment is None
+    assert committed.witness_commitment == witness_commitment_of([])
+    assert empty(now=5.0).time == 1_001
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=20))
