@@ -150,7 +150,7 @@ def _chain(params: Params, shares: int) -> Sharechain:
     return chain
 
 
-def mine_share(chain: Sharechain, script: bytes) -> Share:
+def mine_share(chain: Sharechain, script: bytes, *, block_height: int = BLOCK_HEIGHT) -> Share:
     """One whole share on the tip: a coinbase of the largest class, twelve levels of merkle branch, proof of work."""
     params, parent = chain.params, chain.tip
     data = derive_data(
@@ -164,7 +164,7 @@ def mine_share(chain: Sharechain, script: bytes) -> Share:
     payouts = chain.payouts(
         parent, value=VALUE, payout_class=PAYOUT_CLASS, max_bits=data.max_bits, block_bits=BLOCK_BITS
     )
-    coinbase_script = bip34_push(BLOCK_HEIGHT + 1) + COINBASE_TAG + bytes(12)
+    coinbase_script = bip34_push(block_height + 1) + COINBASE_TAG + bytes(12)
     commitment = share_commitment(params.network_id, data)
     coinbase = build_coinbase(coinbase_script, payouts, script, bytes(32), commitment)
     branch = tuple(bytes([level]) * 32 for level in range(12))

@@ -19,7 +19,7 @@ from p2pool.bitcoin_backend.headers import CHAIN_RULES
 from p2pool.bitcoin_backend.template import block_subsidy
 from sharechain.hasher import sha256d
 
-__all__ = ["ImaginaryBitcoin", "made_transactions", "tip_hash"]
+__all__ = ["FIRST_HEIGHT", "ImaginaryBitcoin", "made_transactions", "tip_hash"]
 
 #: Weight units that Bitcoin Core puts into a template: the limit without what it keeps for the coinbase.
 FILLED_WEIGHT: Final = 3_992_000
@@ -97,8 +97,8 @@ class ImaginaryBitcoin:
     """A Bitcoin node that answers what an `RpcBackend` asks, from prepared bytes.
 
     Mutable fields: ``_tip`` (its number) with ``_height``, ``_is_full`` (whether templates have transactions),
-    ``_changed`` (set at the next tip, and replaced), ``waiting`` (questions that wait for it), ``marks`` (when something
-    happened first since the tip changed).
+    ``_changed`` (set at the next tip, and replaced), ``waiting`` (questions that wait for it), ``marks`` (when
+    something happened first since the tip changed).
     """
 
     def __init__(self, transactions: int) -> None:

@@ -29,8 +29,8 @@ from typing import Any, Final
 
 import trio
 
-from p2pool.bench import BLOCK_BITS, BLOCK_HASH, BLOCK_HEIGHT, Row, make_row, mine_share, miner_scripts, window_params
-from p2pool.bench_bitcoin import ImaginaryBitcoin, tip_hash
+from p2pool.bench import BLOCK_BITS, BLOCK_HASH, Row, make_row, mine_share, miner_scripts, window_params
+from p2pool.bench_bitcoin import FIRST_HEIGHT, ImaginaryBitcoin, tip_hash
 from p2pool.bitcoin_backend import rpc
 from p2pool.bitcoin_backend.address import encode_address
 from p2pool.bitcoin_backend.jsonrpc import Endpoint
@@ -121,9 +121,9 @@ def bench_template(
                 case = f"new tip, {connections} connections, {whose}, {what}"
                 found = measured.run(connections, own_addresses=own_addresses, full=full)
                 yield from _rows_of_many(case, found)
-            line = bytes.fromhex(found[-1]["line"])
-        bare = _bare_broadcast(address, connections, rounds, line, count)
-        case = f"{connections} connections, reference: a bare loop of send, {len(line)} bytes each"
+        sizes = found[-1]["sizes"]
+        bare = _bare_broadcast(rounds, sizes, count)
+        case = f"{connections} connections, reference: a bare loop of send, {statistics.mean(sizes):.0f} bytes each"
         yield from _spread(case, "begin to last notify", bare)
 
 
@@ -190,7 +190,7 @@ def _rows_of_many(case: str, found: Sequence[Mapping[str, Any]]) -> Iterator[Row
     for metric, (start, end) in spans.items():
         yield from _spread(case, metric, [one[end] - one[start] for one in found])
     yield from _spread(case, "part: of that, making jobs", [one["jobs_s"] for one in found])
-    yield make_row(case, "a notify", statistics.median([one["bytes"] for one in found]), "bytes")
+    yield make_row(case, "a notify, mean", statistics.mean([statistics.mean(one["sizes"]) for one in found]), "bytes")
     yield make_row(case, "rounds with empty work before", sum(one["bridged"] for one in found), "rounds")
 
 
@@ -300,10 +300,10 @@ def _fill(path: Path, params: Params) -> None:
     directory = DataDirectory(path, params)
     try:
         chain = load_chain(params, directory.store)
-        facts = {BLOCK_HASH: BlockFacts(height=BLOCK_HEIGHT, next_bits=BLOCK_BITS)}
+        facts = {BLOCK_HASH: BlockFacts(height=FIRST_HEIGHT, next_bits=BLOCK_BITS)}
         chain.learn_block(BLOCK_HASH, facts[BLOCK_HASH], 0.0)
         for number, script in enumerate(miner_scripts()[:SHARES]):
-            change = chain.accept(mine_share(chain, script), time.time())
+            change = chain.accept(mine_share(chain, script, block_height=FIRST_HEIGHT), time.time())
             assert isinstance(change, Accepted), change
             directory.store.write(change, first_seen_ms=0, facts={} if number else facts, sync=False)
             directory.note_written()
@@ -327,32 +327,30 @@ def _fetch(url: str, rounds: int) -> tuple[list[float], int]:
     return seconds[1:], size
 
 
-def _bare_broadcast(
-    address: tuple[str, int], connections: int, rounds: int, line: bytes, count: Callable[[], None]
-) -> list[float]:
-    """Seconds to the last notify if nothing is done but to send the same bytes to each miner."""
+def _bare_broadcast(rounds: int, sizes: Sequence[int], count: Callable[[], None]) -> list[float]:
+    """Seconds to the last notify if nothing is done but to send as many bytes to as many miners."""
     seconds = []
-    listener = open_listeners(address[0], 0)[0]
+    listener = open_listeners("127.0.0.1", 0)[0]
     with ExitStack() as stack:
         stack.enter_context(listener)
         listener.setblocking(True)
-        miners = stack.enter_context(_process("miners", *listener.getsockname()[:2], connections, 0))
-        sockets = [stack.enter_context(listener.accept()[0]) for _ in range(connections)]
-        hashes = [stratum_hash(tip_hash(-number)) for number in range(rounds + 1)]
-        old = json.loads(line)["params"][1].encode()
+        miners = stack.enter_context(_process("miners", *listener.getsockname()[:2], len(sizes), 0))
+        sockets = [stack.enter_context(listener.accept()[0]) for _ in sizes]
 
         def send_all(wanted: str) -> float:
-            data = line.replace(old, wanted.encode())
+            lines = [b'{"id":null,"method":"mining.notify","params":["1","%b"' % wanted.encode() for _ in sizes]
+            lines = [line.ljust(size - 3) + b"]}\n" for line, size in zip(lines, sizes, strict=True)]
             start = time.perf_counter()
-            for one in sockets:
-                one.sendall(data)
+            for one, line in zip(sockets, lines, strict=True):
+                one.sendall(line)
             return start
 
-        send_all(hashes[0])
+        send_all("")
         miners.hear()
-        for wanted in hashes[1:]:
+        for number in range(rounds):
             time.sleep(PAUSE_S)
-            miners.ask({"wanted": wanted, "full": b",[]," not in line})
+            wanted = stratum_hash(tip_hash(number))
+            miners.ask({"wanted": wanted, "full": True})
             start = send_all(wanted)
             seconds.append(max(miners.hear()["all"]) - start)
             count()
@@ -513,8 +511,8 @@ def _gather(selector: selectors.BaseSelector, connections: int, wanted: str, *, 
         wanted: the block's hash as Stratum has it; of any block if empty.
         full: whether the job must have a merkle branch; None if that does not matter.
     """
-    arrived: dict[int, tuple[float, float]] = {}
-    pattern, sample = f'"{wanted}'.encode(), b""
+    arrived: dict[int, tuple[float, float, int]] = {}
+    pattern = f'"{wanted}'.encode()
     deadline = time.perf_counter() + PATIENCE_S
     while len(arrived) < connections:
         ready = selector.select(deadline - time.perf_counter())
@@ -524,7 +522,6 @@ def _gather(selector: selectors.BaseSelector, connections: int, wanted: str, *, 
             for line, began, ended in key.data.read():
                 is_job = b"mining.notify" in line[:60] and pattern in line[:200]
                 if is_job and (full is None or full == (b",[]," not in line)):
-                    arrived[key.fd] = began, ended
-                    sample = line
-    first, last = zip(*arrived.values(), strict=True)
-    return {"first": first, "all": last, "bytes": len(sample), "line": sample.hex()}
+                    arrived[key.fd] = began, ended, len(line)
+    first, last, sizes = zip(*arrived.values(), strict=True)
+    return {"first": first, "all": last, "sizes": sizes}

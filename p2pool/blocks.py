@@ -23,18 +23,23 @@ from p2pool.errors import BackendError
 from p2pool.outage import Outage
 from sharechain.errors import SharechainError
 
-__all__ = ["STALE_BLOCK", "BlockSubmitter", "FoundBlock"]
+__all__ = ["NO_PARENT", "STALE_BLOCK", "BlockSubmitter", "FoundBlock"]
 
 logger = logging.getLogger("p2pool.node")
 
-#: Seconds before a backend that failed is asked again; doubles from the first to the second.
-RETRY_S: Final = (0.5, 30.0)
+#: Seconds before a backend that failed is asked again; doubles from the first to the second. A block that is late by
+#: the second number is worth 0.3 % less.
+RETRY_S: Final = (0.5, 2.0)
 #: Seconds that a block's share waits for Bitcoin's answer: nothing of ours competes with the submission meanwhile.
 GRACE_S: Final = 0.02
 #: Seconds that a stop waits for answers.
-STOP_S: Final = 10.0
+STOP_S: Final = 4.0
 #: Bitcoin Core's word for a block that it stored beside its chain without looking into it.
 STALE_BLOCK: Final = "inconclusive"
+#: Bitcoin Core's word for a block whose parent it does not have. One of ours had it when it was found: after a crash
+#: Bitcoin Core begins some blocks back. Until its chain is so many blocks past ours, it may come again.
+NO_PARENT: Final = "prev-blk-not-found"
+PAST_BLOCKS: Final = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +188,8 @@ class BlockSubmitter:
                 result = await self._backend.submit_block(block.raw)
                 if result.reason == "duplicate":  # an earlier try got through, its answer did not
                     result = await self._fate(block.block_hash)
+                if result.reason == NO_PARENT and await self._may_get_parent(block):
+                    raise BackendError("the Bitcoin node does not have the block before it (any more)")
                 break
             except BackendError as error:
                 if (text := outage.failed(str(error), trio.current_time())) is not None:
@@ -203,6 +210,11 @@ class BlockSubmitter:
         answered.set()
         self._on_answer(block.block_hash, result, block)
         self._directory.drop_block(block.block_hash)
+
+    async def _may_get_parent(self, block: FoundBlock) -> bool:
+        """Whether the parent of a block of ours may come again. Raises: BackendError."""
+        is_ours = block.block_hash not in self._others
+        return is_ours and (await self._backend.tip()).height < block.block_height + PAST_BLOCKS
 
     async def _fate(self, block_hash: bytes) -> SubmitResult:
         """What became of a block that was submitted before. Raises: BackendError."""

@@ -227,7 +227,7 @@ def _check_version(node: NodeAnswers) -> Iterator[Finding]:
     if answer.is_missing:
         yield warning(
             "bitcoin node",
-            f"{node.name} {speed}, and is no Bitcoin Core: it has no getnetworkinfo (btcd?)",
+            f"{node.name} {speed}; it has no getnetworkinfo, or may not be asked for it (btcd? rpcwhitelist?)",
             "for tests that is enough; to mine for money use Bitcoin Core",
         )
         return

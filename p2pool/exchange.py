@@ -22,7 +22,7 @@ from p2pool.bitcoin_backend import (
     HeaderSource,
     SubmitResult,
 )
-from p2pool.blocks import STALE_BLOCK, BlockSubmitter, FoundBlock
+from p2pool.blocks import NO_PARENT, STALE_BLOCK, BlockSubmitter, FoundBlock
 from p2pool.errors import BackendError
 from p2pool.outage import Outage
 from p2pool.p2p.network import Network
@@ -34,8 +34,6 @@ __all__ = ["BlockExchange"]
 
 logger = logging.getLogger("p2pool.node")
 
-#: Bitcoin Core's word for a block whose parent it does not have.
-NO_PARENT: Final = "prev-blk-not-found"
 #: Blocks that our Bitcoin may be behind that of most connected nodes, and for how many seconds.
 BEHIND_BLOCKS: Final = 2
 BEHIND_S: Final = 120.0
@@ -63,6 +61,7 @@ class BlockExchange:
         self._relay = BlockRelay()
         self._tip_facts: HeaderFacts | None = None
         self._relayed: dict[bytes, tuple[FoundBlock | None, str]] = {}
+        self._header_lookups = trio.CapacityLimiter(1)
         self._behind, self._behind_since = Outage(), math.inf
 
     def learn(self, template: BlockTemplate, facts: HeaderFacts | None) -> None:
@@ -169,7 +168,11 @@ class BlockExchange:
         """Headers that the backend knows, None for others; None alone if it takes none. Raises: BackendError."""
         if not isinstance(self._backend, HeaderSource):
             return None
-        return tuple([await self._backend.header(block_hash) for block_hash in block_hashes])
+        found = []
+        async with self._header_lookups:  # one at a time: blocks and templates must not stand in line behind them
+            for block_hash in block_hashes:
+                found.append(await self._backend.header(block_hash))
+        return tuple(found)
 
     async def learn_headers(self, headers: Sequence[bytes]) -> tuple[bytes, ...]:
         """Hand headers to the backend, parents first. Returns those that it cannot but refuse. Raises: BackendError."""

@@ -25,10 +25,10 @@ from p2pool.bitcoin_backend import BitcoinBackend, BlockTemplate, HeaderFacts, S
 from p2pool.bitcoin_backend.address import AddressError, decode_address
 from p2pool.bitcoin_backend.headers import CHAIN_RULES
 from p2pool.bitcoin_backend.template import empty_template
-from p2pool.blocks import RETRY_S, BlockSubmitter, FoundBlock
+from p2pool.blocks import NO_PARENT, RETRY_S, BlockSubmitter, FoundBlock
 from p2pool.database import DataDirectory
 from p2pool.errors import BackendError, BackendRefusal, ConfigError, StratumError
-from p2pool.exchange import NO_PARENT, BlockExchange
+from p2pool.exchange import BlockExchange
 from p2pool.jobs import Candidate, JobBook, next_work
 from p2pool.outage import Outage
 from p2pool.p2p.network import Network, NetworkDesk, NetworkStatistics
@@ -39,7 +39,7 @@ from p2pool.stratum.server import ServerSettings, StratumServer
 from sharechain.chain import Accepted, ChainStatistics, Outcome, Sharechain, Unanchored
 from sharechain.difficulty import DIFFICULTY_1_TARGET, difficulty_of
 from sharechain.errors import InvalidShare, StoreError
-from sharechain.params import Params
+from sharechain.params import BLOCK_FALL, Params
 from sharechain.share import Share, is_payout_script
 from sharechain.store import StoredShare
 from sharechain.validate import BlockFacts, is_block
@@ -535,12 +535,25 @@ class Node:
             commits_always=rules.network == "signet",
         )
         if self._template is not None and template.previous_block_hash != self._template.previous_block_hash:
-            self._take_template(template, facts)
+            try:
+                self._take_template(template, facts)
+            except BackendError:
+                return
             await trio.sleep(EMPTY_S)
             logger.warning("no template for %.0f s: empty blocks are mined until the Bitcoin node gives one", EMPTY_S)
 
     def _take_template(self, template: BlockTemplate, facts: HeaderFacts | None) -> None:
-        """Give miners new work if the template is for another block, is worth it, or the last one is old or empty."""
+        """Give miners new work if the template is for another block, is worth it, or the last one is old or empty.
+
+        Raises:
+            BackendError: it builds too far below the sharechain.
+        """
+        tip = self.chain.tip
+        if tip is not None and template.height < tip.block_height - BLOCK_FALL:  # R12 would refuse every share
+            raise BackendError(
+                f"it is at block {template.height - 1}, the sharechain builds on {tip.block_height - 1}: "
+                "it has to catch up"
+            )
         old, moment = self._template, trio.current_time()
         clean = old is None or old.previous_block_hash != template.previous_block_hash
         if old is not None and not clean:

@@ -114,6 +114,8 @@ async def open_bitcoin(config: Config, *, wait: bool = True) -> AsyncIterator[Ke
         zmq=config.zmq if wait else (),
         wait=wait,
     ) as rpc:
+        node = rpc.nodes.active
+        logger.info("Bitcoin node %s (%s) at block %d is used", node.name, node.agent or "no name", node.height)
         yield rpc
 
 

@@ -18,7 +18,7 @@ import cbor2
 
 from sharechain.errors import DecodeError, ParamsError, show_value
 
-__all__ = ["BITCOIN_NETWORKS", "DUST", "MAX_MONEY", "MEDIAN_SPAN", "NETWORKS", "Params", "decode_params"]
+__all__ = ["BITCOIN_NETWORKS", "BLOCK_FALL", "DUST", "MAX_MONEY", "MEDIAN_SPAN", "NETWORKS", "Params", "decode_params"]
 
 BITCOIN_NETWORKS: Final = ("mainnet", "testnet4", "signet", "regtest")
 
@@ -27,6 +27,9 @@ MEDIAN_SPAN: Final = 11
 #: Sat. The largest dust limit of the script types that rule R1 allows (P2PKH): a smaller output is not relayed
 #: by Bitcoin nodes. Source: Bitcoin Core, ``GetDustThreshold`` at 3 sat/vB.
 DUST: Final = 546
+#: Blocks by which the Bitcoin height of a share may fall below its parent's (R12): about a day. A reorg to a chain with
+#: more work and fewer blocks, as testnet4 sees them, must not stop the sharechain.
+BLOCK_FALL: Final = 144
 #: Sat. No sum of outputs is larger. Source: Bitcoin Core, ``MAX_MONEY``.
 MAX_MONEY: Final = 21_000_000 * 100_000_000
 

@@ -20,7 +20,7 @@ from sharechain.difficulty import (
 )
 from sharechain.entry import ChainEntry, ancestors
 from sharechain.errors import InvalidShare
-from sharechain.params import MEDIAN_SPAN, Params
+from sharechain.params import BLOCK_FALL, MEDIAN_SPAN, Params
 from sharechain.payout import Payouts
 from sharechain.share import NULL_HASH, SHARE_VERSION, Share, ShareData, share_commitment
 
@@ -252,8 +252,8 @@ def check_in_chain(
     _check_hardest(params, share)
     if uncles:
         _check_uncles(params, parent, uncles)
-    if parent is not None and share.block_height < parent.block_height - 1:
-        raise InvalidShare("R12", f"block height is at least {parent.block_height - 1} here, got {share.block_height}")
+    if parent is not None and share.block_height < (least := parent.block_height - BLOCK_FALL):
+        raise InvalidShare("R12", f"block height is at least {least} here, got {share.block_height}")
 
 
 def _check_hardest(params: Params, share: Share) -> None:

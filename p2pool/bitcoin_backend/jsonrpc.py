@@ -67,7 +67,8 @@ _AUTHORITY: Final = re.compile(
 )
 
 # httpx would log a line at INFO for each request: several a second, for ever.
-logging.getLogger("httpx").setLevel(logging.WARNING)
+for _name in ("httpx", "httpcore"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -485,7 +486,7 @@ def _basic(credentials: bytes) -> bytes:
 
 def _words(text: str) -> str:
     """Give a node's or a library's words in one line of bearable length."""
-    return " ".join(text.split())[:_WORDS_CHARACTERS]
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:_WORDS_CHARACTERS]
 
 
 def _why_not_connected(error: httpx.TransportError) -> str:

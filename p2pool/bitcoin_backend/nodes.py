@@ -36,6 +36,8 @@ WATCH_TIMEOUT_S: Final = 15.0
 ASK_TIMEOUT_S: Final = 20.0
 #: The same where no other node can be asked: one that is slow is better than none.
 LONE_TIMEOUT_S: Final = 60.0
+#: Blocks that a node may know of without having them: a new one's header comes first.
+MAX_LACKING: Final = 2
 #: Seconds that the active node's chain may be behind another node's.
 LAG_S: Final = 10.0
 #: Seconds without a new block after which the operator is told, and again each time that they have doubled: by chance
@@ -45,7 +47,7 @@ STUCK_S: Final = 7_200.0
 #: if it happens again.
 AVOID_S: Final = 60.0
 MAX_AVOID_S: Final = 3_600.0
-#: Blocks that a node is given at once.
+#: Blocks that a node is given at once: they use half of the connections to it.
 MAX_SUBMISSIONS: Final = 4
 #: JSON-RPC's code for a method that is not there.
 UNKNOWN_METHOD: Final = -32601
@@ -81,6 +83,7 @@ class NodeState:
         self.waits = "known"
         self.looked_at = self.avoid_until = -math.inf
         self.avoid_s = AVOID_S
+        self.lacking_since = math.inf
         #: Blocks that it is given at once: on test networks hundreds may be found before it has looked at the first.
         self.submissions = trio.CapacityLimiter(MAX_SUBMISSIONS)
         self.outage = Outage()
@@ -136,8 +139,6 @@ class RpcNodes:
                 raise mistakes[0]
             self._choose_active()
             if self.active.usable:
-                node = self.active
-                logger.info("Bitcoin node %s (%s) at block %d is used", node.name, node.agent or "no name", node.height)
                 return
             if not wait:
                 raise BackendError("no Bitcoin node can be used")  # the log says why
@@ -283,7 +284,6 @@ class RpcNodes:
             BackendError: it does not say.
             ConfigError: it is on another network, or too old.
         """
-        node.waits = "known"
         genesis = unhex(await node.client.call("getblockhash", 0, timeout_s=WATCH_TIMEOUT_S))
         if genesis != self._rules.genesis_hash:
             raise ConfigError(
@@ -294,9 +294,9 @@ class RpcNodes:
         try:
             info = await node.client.call("getnetworkinfo", timeout_s=WATCH_TIMEOUT_S)
         except BackendRefusal as refusal:
-            if refusal.code in NOT_SERVED:
+            if refusal.code in (401, 404):
                 raise
-            return  # btcd
+            return  # btcd does not have it, and an operator may have forbidden it
         if not isinstance(info, dict):
             raise BackendError(f"{node.name}: getnetworkinfo: not as Bitcoin Core answers it")
         node.version, node.agent = info.get("version"), info.get("subversion")
@@ -311,7 +311,9 @@ class RpcNodes:
         try:
             height, headers, tip = int(info["blocks"]), int(info["headers"]), unhex(info["bestblockhash"])
             tip_time = int(info.get("time") or 0)
-        except (TypeError, KeyError, ValueError, BackendError):
+            if not (0 <= height < 2**31 and 0 <= headers < 2**31 and 0 <= tip_time < 2**32):
+                raise ValueError("out of range")
+        except (TypeError, KeyError, ValueError, OverflowError, BackendError):
             raise BackendError(f"{node.name}: getblockchaininfo: not as Bitcoin Core or btcd answers it") from None
         if tip != node.tip and node is self.active and node.tip:
             self.wake()
@@ -323,6 +325,9 @@ class RpcNodes:
         if info.get("initialblockdownload"):
             node.fault = f"{node.name}: still in initial block download: it gives no work before it is through"
             return
+        if self._rules.network == "mainnet" and self._is_lacking(node):
+            node.fault = f"{node.name}: knows of more blocks than it has: it is catching up, or stuck"
+            return
         silence_s = self._clock() - tip_time if tip_time else 0.0
         if silence_s < STUCK_S or self._rules.network == "testnet4":
             node.stuck_s = STUCK_S
@@ -333,6 +338,15 @@ class RpcNodes:
                 node.name,
                 silence_s / 3600,
             )
+
+    def _is_lacking(self, node: NodeState) -> bool:
+        """Whether a node has known of blocks for a while that it does not have, as after a crash.
+
+        Not on networks where headers cost little: anybody could stop us with them.
+        """
+        now = trio.current_time()
+        node.lacking_since = min(node.lacking_since, now) if node.headers - node.height > MAX_LACKING else math.inf
+        return now - node.lacking_since >= LAG_S or (not node.usable and node.lacking_since <= now)
 
     def _lost(self, node: NodeState, reason: str, detail: str = "") -> None:
         node.usable = False

@@ -162,7 +162,8 @@ class RpcBackend:
 
             async def submit(node: NodeState) -> None:
                 try:
-                    answers[node] = result = await self._submit_to(node, raw.hex(), block_hash)
+                    async with node.submissions:
+                        answers[node] = result = await self._submit_to(node, raw.hex(), block_hash)
                 except BackendError as error:
                     answers[node] = error
                     return
@@ -179,8 +180,10 @@ class RpcBackend:
                     nursery.start_soon(submit, node)
             nursery.start_soon(learn)
         for node, answer in answers.items() if len(self.nodes.nodes) > 1 else ():
-            said = str(answer) if isinstance(answer, BackendError) else answer.reason or "accepted"
-            logger.info("block %s: %s says: %s", block_hash[::-1].hex(), node.name, said)
+            level, said = logging.DEBUG, str(answer)  # its outage is told
+            if isinstance(answer, SubmitResult):
+                level, said = logging.INFO, answer.reason or "accepted"
+            logger.log(level, "block %s: %s says: %s", block_hash[::-1].hex(), node.name, said)
         verdict = _verdict([answers[node] for node in self.nodes.nodes if node in answers])
         if verdict.reason == "prev-blk-not-found" and self._is_catching_up(raw[4:36]):
             raise BackendError("the Bitcoin node lost the block before it in a crash, and is to get it again")
@@ -404,8 +407,7 @@ class RpcBackend:
         """One node's verdict on a block. Raises: BackendError."""
         call = node.client.call
         try:
-            async with node.submissions:
-                reason = await call("submitblock", raw_hex, timeout_s=SUBMIT_TIMEOUT_S)
+            reason = await call("submitblock", raw_hex, timeout_s=SUBMIT_TIMEOUT_S)
         except BackendRefusal as refusal:
             if refusal.code == _UNDECODABLE:
                 return SubmitResult(accepted=False, reason="decode-failed")
@@ -539,9 +541,10 @@ def _header(row: Any, node: NodeState, block_hash: bytes) -> Header:
             median_time=None if row.get("mediantime") is None else int(row["mediantime"]),
         )
         bits_to_target(header.bits)
-    except (TypeError, KeyError, ValueError, BackendError) as error:
+    except (TypeError, KeyError, ValueError, OverflowError, BackendError) as error:
         raise BackendError(f"{node.name}: getblockheader: not as Bitcoin Core answers it: {error!r}") from None
-    if header.block_hash != block_hash or not (0 <= header.height < 2**31 and 0 <= header.time < 2**32):
+    ranges = ((header.height, 2**31), (header.time, 2**32), (header.median_time or 0, 2**32))
+    if header.block_hash != block_hash or not all(0 <= number < end for number, end in ranges):
         raise BackendError(f"{node.name}: getblockheader: the answer is another header, or none")
     return header
 

@@ -74,7 +74,9 @@ LOCATED_SLICE: Final = 64
 #: Own shares that wait for the transport.
 MAX_PUBLISH: Final = 64
 #: What dear requests cost besides the one that each costs: a block announced without one behind it takes 50 ms.
-COSTS: Final = {Announce: 20, Transactions: 5, Locate: 10, BlocksAfter: 4, GetBlocks: 4, GetHeaders: 9}
+COSTS: Final = {Announce: 20, Transactions: 5, Locate: 10, BlocksAfter: 4, GetBlocks: 4}
+#: And for each header that it names: to a Bitcoin node over RPC each is a question.
+HEADER_COST: Final = 10
 
 
 class NetworkDesk(Protocol):
@@ -330,7 +332,9 @@ class Network:
         kinds = (Status, Locate, GetShares, GetPeers) if protocol == SYNC else BLOCK_REQUESTS
         try:
             message = decode_message(request, *kinds)
-            await self._pay(peer_id, "request", COSTS.get(type(message), 0) + len(getattr(message, "hashes", ())) // 50)
+            hashes = len(getattr(message, "hashes", ()))
+            more = hashes * HEADER_COST if isinstance(message, GetHeaders) else hashes // 50
+            await self._pay(peer_id, "request", COSTS.get(type(message), 0) + more)
             answer = await self._answer(peer_id, message)
         except PeerError as error:
             self.blame(peer_id=peer_id, ip=None, rule=error.rule, detail=error.message)

@@ -65,7 +65,7 @@ T = TypeVar("T")
 
 HOST: Final = "127.0.0.1"
 #: Seconds of undisturbed mining before and after each fault.
-CALM_S: Final = 6.0
+CALM_S: Final = 5.0
 #: Seconds for which a node is away, and by which one is slow.
 AWAY_S: Final = 5.0
 SLOW_S: Final = 30.0
@@ -477,8 +477,10 @@ async def hanging(used: Pool) -> None:
 
 
 async def full(used: Pool) -> None:
-    """A block of 3.0 MB."""
-    await used.nodes[0].do(fill)
+    """A stranger's empty block, then one of 3.0 MB."""
+    tip = used.seen.tip
+    await used.nodes[0].do(extend_empty)
+    await used.end_of(tip)
     await used.until(
         lambda: any(block.transactions >= FULL // 2 for block in used.node.statistics().blocks), "a full block"
     )
@@ -521,7 +523,7 @@ def fill(node: EmbeddedNode | FullNode) -> None:
         raw = sign(KEY, [spent], [*outputs, (change, UNUSED)])
         node.send(raw)
         coins += [(txid_of(raw), index) for index in range(FAN_OUT)]
-    while node.mempool():  # the pool may be faster; Bitcoin Core makes templates of 5 s ago
+    while node.mempool():  # Bitcoin Core's templates may be of 5 s ago
         node.submit(build_block(node.template(), UNUSED))
         time.sleep(0.2)
     for txid, index in coins:
@@ -533,11 +535,12 @@ def fill(node: EmbeddedNode | FullNode) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """Something that happens, how many Bitcoin nodes it takes, how many of them the pool uses, and on which kinds."""
+    """Something that happens, how many Bitcoin nodes it takes, how many of them the pool uses, what comes before."""
 
     run: Callable[[Pool], Awaitable[None]]
     nodes: int = 1
     used: int = 1
+    prepare: Callable[[EmbeddedNode | FullNode], object] | None = None
     kinds: tuple[str, ...] = ("fake", "btcd", "core")
 
 
@@ -550,7 +553,7 @@ FAULTS: Final[dict[str, Fault]] = {
     "kill": Fault(run=partial(restart, kill=True), nodes=2, kinds=("core",)),
     "slow": Fault(run=slow),
     "hanging": Fault(run=hanging),
-    "full": Fault(run=full, kinds=("fake", "core")),
+    "full": Fault(run=full, prepare=fill, kinds=("fake", "core")),
     "failover": Fault(run=partial(failover, kill=True), nodes=2, used=2, kinds=("fake", "core")),
     "unsubmitted": Fault(run=unsubmitted),
 }
@@ -560,10 +563,11 @@ async def suffer(kind: str, name: str, scratch: Path, params: Params) -> dict[st
     """Let a fault come and go; give what was seen of it."""
     fault, trouble = FAULTS[name], ""
     directory = scratch / name
-    async with (
-        bitcoins(kind, directory, fault.nodes) as nodes,
-        pool(directory / "pool", params, nodes, fault.used) as used,
-    ):
+    async with AsyncExitStack() as stack:
+        nodes = await stack.enter_async_context(bitcoins(kind, directory, fault.nodes))
+        if fault.prepare is not None:
+            await nodes[0].do(fault.prepare)
+        used = await stack.enter_async_context(pool(directory / "pool", params, nodes, fault.used))
         await trio.sleep(CALM_S)
         started = trio.current_time()
         try:

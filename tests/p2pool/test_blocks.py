@@ -30,6 +30,8 @@ class SlowBackend:
         self.on_chain: set[bytes] = set()
         self.headers: set[bytes] = set()
         self.log: list[str] = []
+        self.result = SubmitResult(accepted=True)
+        self.height = 0
 
     async def submit_block(self, raw: bytes) -> SubmitResult:
         self.log.append("submit")
@@ -40,7 +42,7 @@ class SlowBackend:
         except trio.Cancelled:
             self.log.append("cancelled")
             raise
-        return SubmitResult(accepted=True)
+        return self.result
 
     async def is_on_chain(self, block_hash: bytes) -> bool:
         return block_hash in self.on_chain
@@ -53,7 +55,7 @@ class SlowBackend:
         raise AssertionError("the submitter asks no such thing")
 
     async def tip(self) -> HeaderFacts:
-        raise AssertionError("the submitter asks no such thing")
+        return HeaderFacts(block_hash=bytes(32), height=self.height, next_bits=0x207FFFFF, median_time=0)
 
     async def wait_for_tip(self, known: bytes, timeout: float | None = None) -> bytes:  # noqa: ASYNC109
         raise AssertionError("the submitter asks no such thing")
@@ -98,6 +100,44 @@ async def test_the_share_waits_for_the_answer_but_not_for_long(tmp_path: Path) -
         await until(lambda: bool(desk.answers))
         assert desk.answers == [(BLOCK.block_hash, "", BLOCK)]
         assert desk.directory.kept_blocks() == []
+        nursery.cancel_scope.cancel()
+    desk.directory.close()
+
+
+async def test_a_block_whose_parent_bitcoin_lost_is_submitted_until_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "RETRY_S", (0.001, 0.002))
+    desk = Desk(tmp_path)
+    desk.backend.result = SubmitResult(accepted=False, reason=blocks.NO_PARENT)
+    desk.backend.answers.set()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(desk.submitter.run, [])
+        desk.submitter.submit(BLOCK, nothing)
+        await until(lambda: desk.backend.log.count("submit") > 20)
+        assert desk.answers == []
+        await until(lambda: [raw for _, raw in desk.directory.kept_blocks()] == [BLOCK.encode()])
+        desk.backend.result = SubmitResult(accepted=True)
+        await until(lambda: bool(desk.answers))
+        assert desk.answers == [(BLOCK.block_hash, "", BLOCK)]
+        assert desk.directory.kept_blocks() == []
+        nursery.cancel_scope.cancel()
+    desk.directory.close()
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+async def test_a_block_without_a_parent_is_given_up_when_bitcoin_is_past_it_or_it_was_never_ours(
+    tmp_path: Path, is_ours: bool
+) -> None:
+    desk = Desk(tmp_path)
+    desk.backend.result = SubmitResult(accepted=False, reason=blocks.NO_PARENT)
+    desk.backend.height = BLOCK.block_height + (blocks.PAST_BLOCKS if is_ours else 0)
+    desk.backend.answers.set()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(desk.submitter.run, [])
+        desk.submitter.submit(BLOCK, nothing, is_ours=is_ours)
+        await until(lambda: bool(desk.answers))
+        assert desk.answers == [(BLOCK.block_hash, blocks.NO_PARENT, BLOCK)]
         nursery.cancel_scope.cancel()
     desk.directory.close()
 

@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from p2pool.stratum.server import open_listeners
 from sharechain.chain import Unanchored
 from sharechain.errors import StoreError
 from sharechain.hasher import sha256d
+from sharechain.params import BLOCK_FALL
 from sharechain.share import Share
 from tests.builders import miner_script
 from tests.p2pool.network import (
@@ -532,6 +534,20 @@ async def test_a_bitcoin_node_that_fails_while_old_blocks_are_settled_is_asked_a
         mine_blocks(again, 1)
     async with running(tmp_path, wrap=FailsOnce) as (node, _):
         await until(lambda: outcome_of(node, found.hash) == "")
+
+
+async def test_miners_stay_on_their_work_while_bitcoin_is_far_below_the_sharechain(tmp_path: Path) -> None:
+    async with running(tmp_path) as (node, rig):
+        rig.submit(rig.find())
+        tip, template = node.chain.tip, node._template
+        assert tip is not None
+        assert template is not None
+        fallen = replace(template, height=tip.block_height - BLOCK_FALL, previous_block_hash=bytes([7]) * 32)
+        with pytest.raises(BackendError, match="it has to catch up"):
+            node._take_template(replace(fallen, height=fallen.height - 1), None)
+        assert node._template is template
+        node._take_template(fallen, None)
+        assert node._template is fallen
 
 
 class KernelBackendOpen:

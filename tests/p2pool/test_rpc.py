@@ -25,7 +25,7 @@ from p2pool.bitcoin_backend import BitcoinBackend, BlockTemplate, SubmitResult
 from p2pool.bitcoin_backend.headers import CHAIN_RULES
 from p2pool.bitcoin_backend.jsonrpc import Endpoint
 from p2pool.bitcoin_backend.kernel import KernelBackend
-from p2pool.bitcoin_backend.nodes import ASK_TIMEOUT_S, AVOID_S, LAG_S, RETRY_INTERVAL_S, WATCH_INTERVAL_S
+from p2pool.bitcoin_backend.nodes import ASK_TIMEOUT_S, AVOID_S, LAG_S, MAX_LACKING, RETRY_INTERVAL_S, WATCH_INTERVAL_S
 from p2pool.bitcoin_backend.rpc import OTHERS_S, WAIT_S, RpcBackend, connect_bitcoin
 from p2pool.bitcoin_backend.template import HeaderFacts
 from p2pool.errors import BackendError, BackendRefusal, ConfigError
@@ -204,7 +204,7 @@ async def test_a_node_in_initial_block_download_is_waited_for(
         assert line.startswith(f"E Bitcoin node cannot be used: {name(core)}: still in initial block download")
         assert line.endswith("at block 0 of 900,000")
         assert not usable.is_set()
-        core.initialblockdownload = False
+        core.initialblockdownload, core.headers_ahead = False, 0
         await pass_time(clock, RETRY_INTERVAL_S)
         await until(usable.is_set)
 
@@ -946,16 +946,22 @@ async def test_hundreds_of_blocks_at_once_leave_the_node_threads_to_answer_with(
     kernel: KernelBackend, clock: MockClock
 ) -> None:
     async with open_fake_core(kernel) as core, connected(core.endpoint) as backend, trio.open_nursery() as nursery:
-        core.delay_s["submitblock"] = 1
+        core.delay_s |= {"submitblock": 1, "preciousblock": 1}
         template = kernel.block_template_now()
+        mine(kernel)  # a stranger's came first
         blocks = [build_block(template, extra=b"%d" % number) for number in range(40)]
         verdicts: list[Any] = []
         for block in blocks:
             nursery.start_soon(outcome, partial(backend.submit_block, block), verdicts)
         await settle()
-        assert core.calls["submitblock"] <= 4
-        assert (await backend.tip()).height == 0
-        await pass_time(clock, 12, step=1)
+        for _ in range(3):
+            assert core.calls["submitblock"] <= 4 + core.calls["preciousblock"]
+            seen: list[Any] = []
+            nursery.start_soon(outcome, backend.tip, seen)
+            await until(lambda: bool(seen))  # noqa: B023
+            assert seen[0].height == 1
+            await pass_time(clock, 1)
+        await pass_time(clock, 24, step=1)
         await until(lambda: len(verdicts) == 40)
         assert [verdict for verdict in verdicts if isinstance(verdict, BackendError)] == []
 
@@ -1289,3 +1295,25 @@ async def test_an_empty_block_is_mined_no_longer_than_until_there_is_a_template(
         assert node._template is not None
         assert len(node._template.transactions) == 1
         assert caplog.messages == [], "a template takes so long on any small machine"
+
+
+async def test_a_node_that_knows_of_blocks_that_it_lacks_is_left_until_it_has_them(
+    kernel: KernelBackend, clock: MockClock, no_regtest: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine_blocks(kernel, 1)
+    async with open_fake_core(kernel) as core, connected(core.endpoint, network="mainnet") as backend:
+        active = backend.nodes.active
+        core.headers_ahead = MAX_LACKING
+        await pass_time(clock, 2 * WATCH_INTERVAL_S)
+        assert active.usable is True
+        core.headers_ahead = MAX_LACKING + 1
+        await pass_time(clock, WATCH_INTERVAL_S)
+        assert active.usable is True, "the headers came a moment ago"
+        await pass_time(clock, LAG_S + WATCH_INTERVAL_S)
+        await until(lambda: not active.usable)
+        with pytest.raises(BackendError, match="it is catching up, or stuck"):
+            await backend.tip()
+        core.headers_ahead = 0
+        await pass_time(clock, WATCH_INTERVAL_S)
+        await until(lambda: active.usable)
+    assert [line[0] for line in told(caplog) if "no new block" not in line] == ["E", "I"]

@@ -559,7 +559,7 @@ def test_a_forged_uncle_in_a_history_on_trust_is_refused() -> None:
 
 def test_forged_bitcoin_facts_in_a_history_on_trust_are_refused() -> None:
     _running, client = begun()
-    with pytest.raises(InvalidShare, match="R12"):
+    with pytest.raises(InvalidShare, match="R11"):
         client.accept(mine(client, client.tip, block_height=50), NOW)
     with pytest.raises(InvalidShare, match="R11"):
         client.accept(mine(client, client.tip, block_height=150), NOW)

@@ -12,7 +12,7 @@ from sharechain.chain import Accepted, Early, Orphaned, Sharechain, Unanchored
 from sharechain.difficulty import bits_to_target, scale_target, target_to_bits, work_of
 from sharechain.entry import ChainEntry, ancestors
 from sharechain.errors import DecodeError, InvalidShare
-from sharechain.params import MEDIAN_SPAN, Params
+from sharechain.params import BLOCK_FALL, MEDIAN_SPAN, Params
 from sharechain.payout import Payouts
 from sharechain.share import NULL_HASH, Share, decode_share, encode_share
 from sharechain.validate import (
@@ -459,19 +459,19 @@ def test_r9_the_first_share_names_no_uncles() -> None:
     refused(chain, mine(chain, other, uncles=[joined(chain, mine(chain, None, miner=8))]), "R9")
 
 
-def test_r12_block_height_falls_by_one_at_most() -> None:
+def test_r12_block_height_falls_by_a_day_at_most() -> None:
     chain = new_chain(FINE)
     blocks = {}
-    for height in range(96, 102):
+    for height in (200, 201, 200 - BLOCK_FALL, 199 - BLOCK_FALL, 20):
         blocks[height] = bytes([height]) * 32
         chain.learn_block(blocks[height], BlockFacts(height=height, next_bits=BLOCK_BITS), START_TIME)
-    joined(chain, mine(chain, None, block=blocks[100]))
-    parent = joined(chain, mine(chain, chain.tip, block=blocks[100]))
-    assert parent.block_height == 101
-    refused(chain, mine(chain, parent, block=blocks[98]), "R12")
-    refused(chain, mine(chain, parent, block=blocks[96]), "R12")
-    joined(chain, mine(chain, parent, block=blocks[101], miner=1))
-    joined(chain, mine(chain, parent, block=blocks[99], miner=2))
+    joined(chain, mine(chain, None, block=blocks[200]))
+    parent = joined(chain, mine(chain, chain.tip, block=blocks[200]))
+    assert parent.block_height == 201
+    refused(chain, mine(chain, parent, block=blocks[199 - BLOCK_FALL]), "R12")
+    refused(chain, mine(chain, parent, block=blocks[20]), "R12")
+    joined(chain, mine(chain, parent, block=blocks[201], miner=1))
+    joined(chain, mine(chain, parent, block=blocks[200 - BLOCK_FALL], miner=2))
 
 
 # -- R10: the coinbase -----------------------------------------------------------------------------------------
