@@ -537,7 +537,8 @@ async def test_a_bitcoin_node_that_fails_while_old_blocks_are_settled_is_asked_a
 
 
 async def test_miners_stay_on_their_work_while_bitcoin_is_far_below_the_sharechain(tmp_path: Path) -> None:
-    async with running(tmp_path) as (node, rig):
+    async with running(tmp_path) as (node, _):
+        rig = Rig(node)
         rig.submit(rig.find())
         tip, template = node.chain.tip, node._template
         assert tip is not None
