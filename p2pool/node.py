@@ -31,8 +31,8 @@ from p2pool.jobs import Candidate, JobBook, next_work
 from p2pool.p2p.network import Network, NetworkDesk, NetworkStatistics
 from p2pool.report import load_chain
 from p2pool.stratum.login import parse_user, payout_class_for
-from p2pool.stratum.protocol import Notify, Submission, Verdict, Worker
 from p2pool.stratum.server import ServerSettings, StratumServer
+from p2pool.stratum.values import Notify, Submission, Verdict, Worker
 from sharechain.chain import Accepted, ChainStatistics, Outcome, Sharechain, Unanchored
 from sharechain.difficulty import DIFFICULTY_1_TARGET, difficulty_of
 from sharechain.errors import InvalidShare, StoreError
@@ -287,7 +287,7 @@ class Node:
     # -- the desk of the Stratum server ----------------------------------------------------------------------
 
     def authorize(self, *, user: str, password: str, user_agent: str) -> Worker:
-        """Who mines: see ``p2pool.stratum.protocol.Desk``."""
+        """Who mines: see ``p2pool.stratum.values.Desk``."""
         options = parse_user(user, password)
         try:
             script = decode_address(options.address, self.params.bitcoin_network)
@@ -307,7 +307,7 @@ class Node:
         )
 
     def notify_for(self, worker: Worker) -> Notify | None:
-        """The current job: see ``p2pool.stratum.protocol.Desk``."""
+        """The current job: see ``p2pool.stratum.values.Desk``."""
         if self.network is not None and not self.network.is_ready:
             return None
         self._renew_due_work()
@@ -336,7 +336,7 @@ class Node:
         return notify
 
     def judge(self, worker: Worker, submission: Submission) -> Verdict:
-        """Hash a submission and act on it: see ``p2pool.stratum.protocol.Desk``."""
+        """Hash a submission and act on it: see ``p2pool.stratum.values.Desk``."""
         job = self._book.job(submission.job_id)
         template = job.work.template
         candidate = self._book.candidate(

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from p2pool.errors import StratumError
-
-UNAUTHORIZED: Final = 24
+from p2pool.stratum.values import UNAUTHORIZED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

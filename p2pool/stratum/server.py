@@ -26,14 +26,8 @@ from functools import partial
 import trio
 
 from p2pool.errors import ConfigError
-from p2pool.stratum.protocol import (
-    DEFAULT_VERSION_MASK,
-    EXTRANONCE1_SIZE,
-    MAX_LINE_BYTES,
-    Desk,
-    Session,
-    SessionStatistics,
-)
+from p2pool.stratum.protocol import MAX_LINE_BYTES, Session
+from p2pool.stratum.values import DEFAULT_VERSION_MASK, EXTRANONCE1_SIZE, Desk, SessionStatistics
 from p2pool.stratum.vardiff import VardiffSettings
 
 logger = logging.getLogger("p2pool.stratum")

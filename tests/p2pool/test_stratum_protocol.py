@@ -23,12 +23,9 @@ from p2pool.stratum.protocol import (
     MAX_LINE_BYTES,
     MAX_SUBMISSIONS_REMEMBERED,
     MAX_WORKERS,
-    Notify,
     Session,
-    Submission,
-    Verdict,
-    Worker,
 )
+from p2pool.stratum.values import Notify, Submission, Verdict, Worker
 from p2pool.stratum.vardiff import VardiffSettings, target_of_difficulty, target_of_exponent
 
 CLASSES = (12, 47, 146, 367)
