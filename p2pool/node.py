@@ -22,7 +22,7 @@ from typing import Any, Final
 import trio
 
 from p2pool.bitcoin_backend import BitcoinBackend, BlockTemplate, HeaderFacts, SubmitResult
-from p2pool.bitcoin_backend.address import AddressError, decode_address
+from p2pool.bitcoin_backend.address import AddressError, decode_address, encode_address
 from p2pool.blocks import RETRY_S, BlockSubmitter, FoundBlock
 from p2pool.database import DataDirectory
 from p2pool.errors import BackendError, ConfigError, StratumError
@@ -30,9 +30,9 @@ from p2pool.exchange import NO_PARENT, BlockExchange
 from p2pool.jobs import Candidate, JobBook, next_work
 from p2pool.p2p.network import Network, NetworkDesk, NetworkStatistics
 from p2pool.report import load_chain
-from p2pool.stratum.login import parse_user, payout_class_for
+from p2pool.stratum.login import explain_user, parse_user, payout_class_for
 from p2pool.stratum.server import ServerSettings, StratumServer
-from p2pool.stratum.values import Notify, Submission, Verdict, Worker
+from p2pool.stratum.values import Notify, Submission, SubmissionOutcome, Verdict, Worker
 from sharechain.chain import Accepted, ChainStatistics, Outcome, Sharechain, Unanchored
 from sharechain.difficulty import DIFFICULTY_1_TARGET, difficulty_of
 from sharechain.errors import InvalidShare, StoreError
@@ -293,13 +293,14 @@ class Node:
             script = decode_address(options.address, self.params.bitcoin_network)
         except AddressError as error:
             if self._default_script is None or _looks_like_address(options.address):
-                raise StratumError(24, f"user name: {error}") from None
+                raise StratumError(24, explain_user(user, str(error))) from None
             script = self._default_script
         if not is_payout_script(script):
             raise StratumError(24, "user name: an address of a type that the pool does not pay")
         return Worker(
             user=user,
             name=options.worker_name,
+            address=encode_address(script, self.params.bitcoin_network) or script.hex(),
             payout_script=script,
             payout_class=payout_class_for(user_agent, self.params.payout_classes),
             session_difficulty=options.session_difficulty,
@@ -360,6 +361,9 @@ class Node:
             is_share=candidate.is_share,
             is_block=candidate.is_block,
         )
+
+    def note(self, worker: Worker, outcome: SubmissionOutcome) -> None:
+        """Enter what became of a submission: see ``p2pool.stratum.values.Desk``."""
 
     # -- inside ----------------------------------------------------------------------------------------------
 

@@ -50,6 +50,20 @@ def parse_user(user: str, password: str) -> UserOptions:
     )
 
 
+CUT_USER_LENGTH: Final = 63
+"""Characters after which Avalon firmware cuts a user name; a taproot address alone has 62 on mainnet, 64 on regtest."""
+
+
+def explain_user(user: str, fault: str) -> str:
+    """The text of a refusal, with what is likely behind it."""
+    if len(user) == CUT_USER_LENGTH:
+        fault += (
+            f"; the name has exactly {CUT_USER_LENGTH} characters, where some firmware (Avalon) cuts it: "
+            "use a shorter worker name or a shorter type of address"
+        )
+    return f"user name: {fault}"
+
+
 _REFUSED_AGENTS: Final = (
     ("nicehash", "NiceHash cannot mine here: it takes no coinbase above 500 bytes, and ours pays every miner"),
     ("nerdminer", "NerdMiner cannot mine here: it cuts the coinbase at 255 bytes, which makes every share wrong"),

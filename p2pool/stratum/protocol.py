@@ -34,15 +34,16 @@ from p2pool.stratum.values import (
     LOW_DIFFICULTY,
     NOT_SUBSCRIBED,
     OTHER,
-    REASONS,
     STALE,
     UNAUTHORIZED,
     Desk,
     Notify,
     SessionStatistics,
     Submission,
+    SubmissionOutcome,
     Verdict,
     Worker,
+    reason_of,
 )
 from p2pool.stratum.vardiff import (
     Vardiff,
@@ -52,6 +53,7 @@ from p2pool.stratum.vardiff import (
     hardest_exponent_for,
     tolerant_target_of_exponent,
 )
+from sharechain.difficulty import DIFFICULTY_1_TARGET
 
 MAX_LINE_BYTES = 8 * 1024
 """The longest honest line, a `mining.configure` or a submit with a long user name, has a few hundred bytes."""
@@ -63,10 +65,14 @@ MAX_WORKERS = 256
 """User names on one connection, as a farm's proxy sends them."""
 MIN_RESEND_S = 1.0
 """Between two lines of work that only the miner's own doing asks for."""
+KEEP_ALIVE_S = 25.0
+"""Without a job; then the job in hand goes out under another id. An Antminer D9 drops a pool after 60 s of silence,
+cgminer after 90 s, and minerd stops hashing 120 s after the last job."""
 
 _HEX_32_BITS = re.compile(r"[0-9a-fA-F]{1,8}", re.ASCII)
 _HEX_256_BITS = re.compile(r"(?:0x)?([0-9a-fA-F]{1,64})", re.ASCII)
 _EXTRANONCE2 = re.compile(rf"[0-9a-fA-F]{{{2 * EXTRANONCE2_SIZE}}}", re.ASCII)
+_VERSION_QUERY = "p2pool-version"
 _TLS_HANDSHAKE = 0x16
 _HTTP_METHODS = (b"GET ", b"HEAD ", b"POST ", b"PUT ", b"OPTIONS ", b"CONNECT ")
 _HTTP_ANSWER = (
@@ -140,6 +146,7 @@ class Session:
         self._last_job: _SentJob | None = None
         self._sent_exponent: int | None = None
         self._sent_at = -math.inf
+        self._version_asked = False
         self._accepted = self._shares = self._blocks = 0
         self._rejected: dict[int, int] = {}
         self._connected_at = self._heard_at = now
@@ -206,11 +213,11 @@ class Session:
         return self._send_work(now) if self.closing is None else b""
 
     def on_tick(self, now: float) -> bytes:
-        """To be called every few seconds: eases the difficulty of a miner that has fallen silent."""
+        """To be called every few seconds: eases the difficulty of a silent miner, and is not silent itself."""
         if self._last_job is None or self.closing is not None:
             return b""
         self._vardiff.on_tick(now)
-        return self._send_due_work(now)
+        return self._send_work(now) if now - self._sent_at >= KEEP_ALIVE_S else self._send_due_work(now)
 
     def statistics(self, now: float) -> SessionStatistics:
         return SessionStatistics(
@@ -220,7 +227,7 @@ class Session:
             difficulty=float(difficulty_of_exponent(self._last_job.exponent)) if self._last_job else 0.0,
             hash_rate=self._vardiff.hash_rate(now),
             accepted=self._accepted,
-            rejected={REASONS.get(code, f"code {code}"): count for code, count in self._rejected.items()},
+            rejected={reason_of(code): count for code, count in self._rejected.items()},
             shares=self._shares,
             blocks=self._blocks,
             connected_at=self._connected_at,
@@ -244,7 +251,7 @@ class Session:
             self.closing = "not a JSON object"
             return []
         if "method" not in message:
-            return []  # The miner's answer to us.
+            return self._on_answer(message, now)
         identity = _encode_id(message.get("id"))
         method, params = message["method"], message.get("params")
         try:
@@ -258,7 +265,30 @@ class Session:
             answer = f'"result":{"true" if result is True else json.dumps(result)},"error":null'
         reply = [] if identity is None else [f'{{"id":{identity},{answer}}}\n'.encode()]
         work = self._send_work(now) if self._last_job is None else self._send_due_work(now)
-        return [*reply, work]
+        return [*reply, work, self._ask_version()]
+
+    def _ask_version(self) -> bytes:
+        """Ask a miner that did not say in its subscribe what it is: the size of the coinbase depends on it.
+
+        Only behind the first job: before the authorize reply it would be taken for a failed authorization.
+        """
+        if self._user_agent or self._version_asked or self._last_job is None or self.closing is not None:
+            return b""
+        self._version_asked = True
+        return f'{{"id":"{_VERSION_QUERY}","method":"client.get_version","params":[]}}\n'.encode()
+
+    def _on_answer(self, message: Mapping[str, object], now: float) -> list[bytes]:
+        """A miner's answer to us. Never answered; work on a coinbase of another size may follow."""
+        agent = _text(message.get("result"))[:128]
+        if message.get("id") != _VERSION_QUERY or not self._version_asked or self._user_agent or not agent:
+            return []
+        self._user_agent = agent
+        try:
+            self._authorize_again()
+        except StratumError as error:
+            self.closing = error.message
+            return []
+        return [self._send_work(now)]
 
     def _send_due_work(self, now: float) -> bytes:
         """Send the job in hand again where the miner itself changed what it must be told with it."""
@@ -333,8 +363,7 @@ class Session:
             self._user_agent = _text(params[0])[:128] if params else ""
             closed = params[1] if len(params) > 1 else None
             # Who authorized before was judged without a user agent: again, and a refusal is the answer.
-            for user, (_, password) in list(self._workers.items()):
-                self._authorize_user(user, password)
+            self._authorize_again()
             self._subscribed = True
             if isinstance(closed, str) and self._resume is not None and (old := self._resume(closed)) is not None:
                 self._take_over(old, now)
@@ -359,9 +388,21 @@ class Session:
         self._authorize_user(user, password)
         return True
 
+    def _authorize_again(self) -> None:
+        """The user agent has become known, and with it what the firmware takes."""
+        for user, (_, password) in list(self._workers.items()):
+            self._authorize_user(user, password)
+
     def _authorize_user(self, user: str, password: str) -> None:
         try:
             worker = self._desk.authorize(user=user, password=password, user_agent=self._user_agent)
+            for other, _ in self._workers.values():
+                if other.user != user and other.payout_script != worker.payout_script:
+                    # A connection has one coinbase: this user's work would be paid to the other.
+                    raise StratumError(
+                        UNAUTHORIZED,
+                        f"this connection mines for {other.address}: open another one for {worker.address}",
+                    )
         except StratumError:
             self._workers.pop(user, None)
             raise
@@ -373,25 +414,38 @@ class Session:
             self._vardiff.fix(None if wanted is None else exponent_of_difficulty(wanted))
 
     def _submit(self, params: list[object], now: float) -> object:
+        user = _text(params[0])[:256] if params else ""
+        worker, _ = self._workers.get(user) or next(iter(self._workers.values()), (None, ""))
         try:
-            exponent, verdict = self._judge(params)
+            exponent, verdict = self._judge(user, params)
         except StratumError as error:
             self._rejected[error.code] = self._rejected.get(error.code, 0) + 1
+            if worker is not None:
+                self._desk.note(worker, SubmissionOutcome(reason=reason_of(error.code)))
             raise
         self._vardiff.on_submission(exponent, now)
         self._accepted += 1
         self._shares += verdict.is_share
         self._blocks += verdict.is_block
+        assert worker is not None, "a submission of nobody is refused"
+        self._desk.note(
+            worker,
+            SubmissionOutcome(
+                reason=None,
+                difficulty=float(difficulty_of_exponent(exponent)),
+                best=DIFFICULTY_1_TARGET / max(verdict.hash_value, 1),
+                is_share=verdict.is_share,
+                is_block=verdict.is_block,
+            ),
+        )
         return True
 
-    def _judge(self, params: list[object]) -> tuple[int, Verdict]:
+    def _judge(self, user: str, params: list[object]) -> tuple[int, Verdict]:
         if not self._subscribed:
             raise StratumError(NOT_SUBSCRIBED, "not subscribed")
-        if not self._workers:
-            raise StratumError(UNAUTHORIZED, "not authorized")
         if len(params) < 5:
             raise StratumError(OTHER, f"expected 5 or 6 parameters, got {len(params)}")
-        user, job_id, extranonce2 = _text(params[0])[:256], _text(params[1]), params[2]
+        job_id, extranonce2 = _text(params[1]), params[2]
         time, nonce = _hex_32_bits(params[3]), _hex_32_bits(params[4])
         version_bits = _hex_32_bits(params[5]) if len(params) > 5 and params[5] is not None else None
         if time is None or nonce is None or (version_bits is None and len(params) > 5 and params[5] is not None):
@@ -400,7 +454,7 @@ class Session:
             raise StratumError(OTHER, f"extranonce2: expected {2 * EXTRANONCE2_SIZE} hexadecimal digits")
         job = self._jobs.get(job_id)
         if job is None:
-            raise StratumError(STALE, "job not found")
+            raise StratumError(STALE, "job not found") if self._workers else _not_authorized(user)
         submission = Submission(
             worker=user,
             job_id=job.desk_job_id,
@@ -423,7 +477,7 @@ class Session:
         if len(job.seen) > MAX_SUBMISSIONS_REMEMBERED:
             del job.seen[next(iter(job.seen))]
         if user not in self._workers:
-            raise StratumError(UNAUTHORIZED, f"not authorized on this connection: {user}")
+            raise _not_authorized(user)
         if (verdict.stale or job.generation < self._generation) and not counts:
             raise StratumError(STALE, "stale")
         return job.exponent, verdict
@@ -463,6 +517,10 @@ _METHODS: Final[Mapping[str, Callable[[Session, list[object], float], object]]] 
     "mining.suggest_difficulty": Session._suggest_difficulty,
     "mining.suggest_target": Session._suggest_target,
 }
+
+
+def _not_authorized(user: str) -> StratumError:
+    return StratumError(UNAUTHORIZED, f"not authorized on this connection: {user}")
 
 
 def _encode_id(identity: object) -> str | None:

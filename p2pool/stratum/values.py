@@ -30,6 +30,11 @@ REASONS: Final[Mapping[int, str]] = {
 """The names of the error codes in statistics."""
 
 
+def reason_of(code: int) -> str:
+    """The name of an error code in statistics."""
+    return REASONS.get(code, f"code {code}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
     """Whom a job is for and who is paid for it, as the desk made it out of a user name.
@@ -37,6 +42,7 @@ class Worker:
     Attributes:
         user: the user name as the miner gave it.
         name: the part for display after the address; may be empty.
+        address: who is paid, for display.
         payout_script: scriptPubKey.
         payout_class: how many window payouts the coinbase may have, by what the firmware takes.
         session_difficulty: asked for by `address+difficulty` or `d=`; None leaves it to vardiff.
@@ -45,6 +51,7 @@ class Worker:
 
     user: str
     name: str
+    address: str
     payout_script: bytes
     payout_class: int
     session_difficulty: float | None = None
@@ -150,6 +157,24 @@ class Verdict:
     is_block: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SubmissionOutcome:
+    """What became of a submission, for the books.
+
+    Attributes:
+        reason: one of `REASONS`, None for an accepted one.
+        difficulty: of the job that it answered, which is what an accepted one is worth; 0.0 where the job is unknown.
+        best: the difficulty that its hash would have met; 0.0 for a refused one.
+        is_share, is_block: as in the verdict; False for a refused one.
+    """
+
+    reason: str | None
+    difficulty: float = 0.0
+    best: float = 0.0
+    is_share: bool = False
+    is_block: bool = False
+
+
 class Desk(Protocol):
     """What a session asks of the node. All answers are immediate."""
 
@@ -161,6 +186,9 @@ class Desk(Protocol):
 
     def judge(self, worker: Worker, submission: Submission) -> Verdict:
         """Hash, submit a block first, hand a share on. Raises: StratumError(21) for a job no longer known."""
+
+    def note(self, worker: Worker, outcome: SubmissionOutcome) -> None:
+        """Enter what became of a submission. The worker is the one that the miner named, or the session's first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
