@@ -68,12 +68,13 @@ MIN_RESEND_S = 1.0
 KEEP_ALIVE_S = 25.0
 """Without a job; then the job in hand goes out under another id. An Antminer D9 drops a pool after 60 s of silence,
 cgminer after 90 s, and minerd stops hashing 120 s after the last job."""
+TLS_HANDSHAKE: Final = 0x16
+"""The first byte of a TLS connection; of a line of JSON never."""
 
 _HEX_32_BITS = re.compile(r"[0-9a-fA-F]{1,8}", re.ASCII)
 _HEX_256_BITS = re.compile(r"(?:0x)?([0-9a-fA-F]{1,64})", re.ASCII)
 _EXTRANONCE2 = re.compile(rf"[0-9a-fA-F]{{{2 * EXTRANONCE2_SIZE}}}", re.ASCII)
 _VERSION_QUERY = "p2pool-version"
-_TLS_HANDSHAKE = 0x16
 _HTTP_METHODS = (b"GET ", b"HEAD ", b"POST ", b"PUT ", b"OPTIONS ", b"CONNECT ")
 _HTTP_ANSWER = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
@@ -169,7 +170,7 @@ class Session:
         out: list[bytes] = []
         while self.closing is None:
             end = self._buffer.find(b"\n")
-            if self._buffer[:1] == bytes([_TLS_HANDSHAKE]):
+            if self._buffer[:1] == bytes([TLS_HANDSHAKE]):
                 self.closing = "TLS on a plain port"
             elif end > MAX_LINE_BYTES or (end < 0 and len(self._buffer) > MAX_LINE_BYTES):
                 self.closing = f"a line of more than {MAX_LINE_BYTES} bytes"
