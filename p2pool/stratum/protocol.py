@@ -149,7 +149,7 @@ class Session:
         self._sent_at = -math.inf
         self._version_asked = False
         self._accepted = self._shares = self._blocks = 0
-        self._rejected: dict[int, int] = {}
+        self._rejected: dict[str, int] = {}
         self._connected_at = self._heard_at = now
 
     @property
@@ -228,7 +228,7 @@ class Session:
             difficulty=float(difficulty_of_exponent(self._last_job.exponent)) if self._last_job else 0.0,
             hash_rate=self._vardiff.hash_rate(now),
             accepted=self._accepted,
-            rejected={reason_of(code): count for code, count in self._rejected.items()},
+            rejected=dict(self._rejected),
             shares=self._shares,
             blocks=self._blocks,
             connected_at=self._connected_at,
@@ -420,9 +420,10 @@ class Session:
         try:
             exponent, verdict = self._judge(user, params)
         except StratumError as error:
-            self._rejected[error.code] = self._rejected.get(error.code, 0) + 1
+            reason = error.reason or reason_of(error.code)
+            self._rejected[reason] = self._rejected.get(reason, 0) + 1
             if worker is not None:
-                self._desk.note(worker, SubmissionOutcome(reason=reason_of(error.code)))
+                self._desk.note(worker, SubmissionOutcome(reason=reason))
             raise
         self._vardiff.on_submission(exponent, now)
         self._accepted += 1

@@ -667,16 +667,39 @@ def test_the_payout_class_follows_the_coinbase_that_the_firmware_takes(agent: st
 
 def test_the_payout_class_is_one_of_those_that_the_chain_has() -> None:
     assert payout_class_for("bitaxe", (12, 100)) == 100
-    assert payout_class_for("bitaxe", (500, 200)) == 200
     assert payout_class_for("p2pool-cpuminer/1", (12, 1000, 47)) == 1000
     assert payout_class_for("cpuminer/2.5.1", (12, 1000, 47)) == 47
 
 
-@pytest.mark.parametrize("agent", ["NiceHash/1.0.0", "NerdMinerV2/1.6.1"])
-def test_what_fits_no_class_is_refused_with_a_text_that_says_so(agent: str) -> None:
-    with pytest.raises(StratumError, match="cannot mine here") as caught:
+def test_the_operator_knows_better_than_the_table() -> None:
+    overrides = (("My Rig", 47), ("nerdminer", 12))
+    assert payout_class_for("my rig/2", CLASSES, overrides) == 47
+    assert payout_class_for("NerdMinerV2/1.6.1", CLASSES, overrides) == 12
+    assert payout_class_for("bitaxe/1", CLASSES, overrides) == 146
+    assert payout_class_for("bitaxe/1", CLASSES, (("", 367),)) == 367
+
+
+@pytest.mark.parametrize(
+    ("agent", "text"),
+    [
+        (
+            "NiceHash/1.0.0",
+            "NiceHash cannot mine here: it takes a coinbase of 500 bytes, and ours pays every miner in at least 716: "
+            "a larger one, or one that is long before the extranonce, is refused",
+        ),
+        (
+            "NerdMinerV2/1.6.1",
+            "NerdMiner cannot mine here: it takes a coinbase of 255 bytes, and ours pays every miner in at least 716: "
+            "a larger one is cut, which makes every share wrong",
+        ),
+    ],
+)
+def test_what_fits_no_class_is_refused_with_a_text_that_says_so(agent: str, text: str) -> None:
+    with pytest.raises(StratumError) as caught:
         payout_class_for(agent, CLASSES)
-    assert caught.value.code == 24
+    assert (caught.value.code, caught.value.message) == (24, text)
+    with pytest.raises(StratumError, match="this firmware cannot mine here: it takes a coinbase of 755 bytes"):
+        payout_class_for("anything", (47, 146))
     talk = Talk()
     talk.say("mining.subscribe", agent)
     assert code_of(talk.ask("mining.authorize", USER, "x")) == 24
