@@ -216,6 +216,11 @@ class StratumServer:
         for connection in list(self._connections):
             self._write(connection, connection.session.on_new_work(clean, now))
 
+    @property
+    def connections(self) -> int:
+        """How many are open, with or without a user."""
+        return len(self._connections)
+
     def statistics(self) -> ServerStatistics:
         now = trio.current_time()
         sessions = [connection.session.statistics(now) for connection in self._connections]
