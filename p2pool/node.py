@@ -310,17 +310,19 @@ class Node:
     def authorize(self, *, user: str, password: str, user_agent: str) -> Worker:
         """Who mines: see ``p2pool.stratum.values.Desk``."""
         options = parse_user(user, password)
+        name = options.worker_name
         try:
             script = decode_address(options.address, self.params.bitcoin_network)
         except AddressError as error:
             if self._default_script is None or _looks_like_address(options.address):
                 raise StratumError(24, explain_user(user, str(error))) from None
             script = self._default_script
+            name = f"{options.address}.{name}" if name else options.address
         if not is_payout_script(script):
             raise StratumError(24, "user name: an address of a type that the pool does not pay")
         return Worker(
             user=user,
-            name=options.worker_name,
+            name=name,
             address=encode_address(script, self.params.bitcoin_network) or script.hex(),
             payout_script=script,
             payout_class=payout_class_for(user_agent, self.params.payout_classes, self._payout_classes),

@@ -32,6 +32,8 @@ def parse_user(user: str, password: str) -> UserOptions:
     The symbols may be percent-encoded. What is said in the user name wins over the password; anything that is not a
     difficulty above 0 is ignored, as miners put all sorts of things in there.
     """
+    # It is shown on terminals, where a control character is a command.
+    user = "".join(character if character.isprintable() else "?" for character in user)
     for encoded, symbol in (("%2B", "+"), ("%2b", "+"), ("%2F", "/"), ("%2f", "/")):
         user = user.replace(encoded, symbol)
     difficulties: dict[str, float] = {}
@@ -42,8 +44,6 @@ def parse_user(user: str, password: str) -> UserOptions:
         if (difficulty := read_difficulty(number)) is not None:
             difficulties[symbol] = difficulty
     address, _, worker_name = _USER_OPTION.sub("", user.strip()).partition(".")
-    # It is shown on terminals, where a control character is a command.
-    worker_name = "".join(character if character.isprintable() else "?" for character in worker_name)
     return UserOptions(
         address=address,
         worker_name=worker_name,

@@ -624,7 +624,8 @@ async def test_a_user_name_that_cannot_be_paid_is_refused_with_the_reason(tmp_pa
 async def test_the_default_address_is_paid_for_names_but_never_for_a_mistyped_address(tmp_path: Path) -> None:
     async with running(tmp_path, default_address=address(3)) as (node, _):
         worker = node.authorize(user="rig1", password="x", user_agent="")
-        assert worker.payout_script == miner_script(3)
+        assert (worker.payout_script, worker.name, worker.address) == (miner_script(3), "rig1", address(3))
+        assert node.authorize(user="rig1.2+64", password="x", user_agent="").name == "rig1.2"
         named = node.authorize(user=address(1) + ".rig1", password="x", user_agent="")
         assert (named.payout_script, named.name) == (miner_script(1), "rig1")
         with pytest.raises(StratumError, match="checksum"):

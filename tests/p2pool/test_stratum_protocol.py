@@ -572,6 +572,7 @@ def test_an_extranonce1_of_another_size_is_our_mistake() -> None:
         ("addr+0", "", ("addr", "", None, None)),
         ("addr.a/b", "", ("addr", "a/b", None, None)),
         (" addr ", "", ("addr", "", None, None)),
+        ("addr.\x1b[2J\n", "", ("addr", "?[2J?", None, None)),
         ("rig1", "x", ("rig1", "", None, None)),
         ("", "", ("", "", None, None)),
     ],
