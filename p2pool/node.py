@@ -219,7 +219,7 @@ class Node:
                     await nursery.start(self.network.run)
                 task_status.started()
         finally:
-            self._keep_books()
+            self._keep_books(b"".join(self._accounting.encode(self._clock())))
             for listener in listeners:  # the server has closed them, if it came so far
                 listener.close()
 
@@ -572,9 +572,9 @@ class Node:
             "network": network,
         }
 
-    def _keep_books(self) -> None:
+    def _keep_books(self, encoded: bytes) -> None:
         try:
-            self._directory.save_workers(self._accounting.encode(self._clock()))
+            self._directory.save_workers(encoded)
         except OSError as error:
             self._warn_of("books", "workers.json cannot be written: %s", error)
 
@@ -653,8 +653,11 @@ class Node:
                 except OSError as error:
                     self._warn_of("status", "status.json cannot be written: %s", error)
             if moment - kept_at >= BOOKS_INTERVAL_S * (1 + len(self._accounting) // WORKERS_PER_BOOKS_INTERVAL):
-                kept_at = moment
-                self._keep_books()
+                kept_at, parts = moment, []
+                for part in self._accounting.encode(now):
+                    parts.append(part)
+                    await trio.lowlevel.checkpoint()  # miners have their turn
+                self._keep_books(b"".join(parts))
             work = self._book.work
             if work is not None and now - work.time >= min(WORK_INTERVAL_S, max(1.0, eased_s)):
                 self._renew_work(clean=False)

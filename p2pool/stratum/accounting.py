@@ -4,15 +4,15 @@ Theory of operation. An accepted submission is worth the difficulty of its job. 
 it, one for each span; a sum over the time that it stands for is a mean hash rate in which what is older than the span
 weighs little. Time that nobody ran the node counts as time without work.
 
-The books are kept over restarts: `encode` and `decode` are one JSON object. They are bounded: a miner may invent worker
-names, so those unheard of for longest are forgotten first, and everyone after `FORGET_S`.
+The books are kept over restarts: `encode` and `decode` are lines of JSON, the node's own first. They are bounded: a
+miner may invent worker names, so those unheard of for longest are forgotten first, and everyone after `FORGET_S`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, TypeVar
 
 from p2pool.stratum.values import SubmissionOutcome
@@ -29,6 +29,11 @@ FORGET_S: Final = 7 * 86400.0
 RECENT_S: Final = 600.0
 """A worker heard within is counted as one that mines."""
 
+FOLD_S: Final = 1.0
+"""Accepted work is gathered for so long before it enters the sums, as that takes four exponentials."""
+ROWS_A_PART: Final = 200
+"""Encoded in one stretch: a millisecond or two."""
+
 _VERSION: Final = 1
 _Key = TypeVar("_Key")
 
@@ -36,24 +41,33 @@ _Key = TypeVar("_Key")
 class Meter:
     """The mean difficulty per second over each of `SPANS_S`.
 
-    Mutable state: `sums`, decayed to `updated_at`; `started_at` is when measuring began. Unix seconds.
+    Mutable state: `sums`, decayed to `updated_at`; `_fresh` is work that came less than `FOLD_S` later and is not in
+    them yet; `started_at` is when measuring began. Unix seconds.
     """
 
-    __slots__ = ("started_at", "sums", "updated_at")
+    __slots__ = ("_fresh", "started_at", "sums", "updated_at")
 
     def __init__(self, started_at: float, updated_at: float, sums: list[float]) -> None:
         self.started_at = started_at
         self.updated_at = updated_at
         self.sums = sums
+        self._fresh = 0.0
 
     def add(self, difficulty: float, now: float) -> None:
         """Count an accepted submission."""
-        passed_s = max(0.0, now - self.updated_at)
-        self.sums = [
-            total * math.exp(-passed_s / span_s) + difficulty
-            for total, span_s in zip(self.sums, SPANS_S.values(), strict=True)
-        ]
-        self.updated_at = max(self.updated_at, now)
+        self._fresh += difficulty
+        if now - self.updated_at >= FOLD_S:
+            passed_s = now - self.updated_at
+            self.sums = [
+                total * math.exp(-passed_s / span_s) + self._fresh
+                for total, span_s in zip(self.sums, SPANS_S.values(), strict=True)
+            ]
+            self.updated_at, self._fresh = now, 0.0
+
+    def settle(self) -> None:
+        """Enter all work in the sums."""
+        self.sums = [total + self._fresh for total in self.sums]
+        self._fresh = 0.0
 
     def rates(self, now: float) -> dict[str, float]:
         """Hashes per second, by the name of the span."""
@@ -62,7 +76,7 @@ class Meter:
         rates = {}
         for total, (name, span_s) in zip(self.sums, SPANS_S.items(), strict=True):
             stands_for_s = -span_s * math.expm1(-seen_s / span_s)
-            rates[name] = total * math.exp(-passed_s / span_s) / stands_for_s * HASHES_PER_DIFFICULTY
+            rates[name] = (total + self._fresh) * math.exp(-passed_s / span_s) / stands_for_s * HASHES_PER_DIFFICULTY
         return rates
 
 
@@ -124,6 +138,7 @@ class Record:
     def encode(self) -> list[Any]:
         """As JSON keeps it."""
         meter = self.meter
+        meter.settle()
         return [
             *(meter.started_at, meter.updated_at, meter.sums, self.accepted, self.shares, self.blocks),
             *(self.difficulty, self.rejected, self.best, self.best_at, self.first_seen, self.last_seen),
@@ -207,17 +222,21 @@ class Accounting:
     def __len__(self) -> int:
         return len(self._workers)
 
-    def encode(self, now: float) -> bytes:
-        """What `decode` reads back. Forgets who was not heard for long."""
+    def encode(self, now: float) -> Iterator[bytes]:
+        """What `decode` reads back when joined. Between two parts other things may be done, entries among them.
+
+        Forgets who was not heard for long.
+        """
         _forget(self._workers, now)
         _forget(self._addresses, now)
-        content = {
-            "version": _VERSION,
-            "all": self._all.encode(),
-            "addresses": [[address, record.encode()] for address, record in self._addresses.items()],
-            "workers": [[address, worker, record.encode()] for (address, worker), record in self._workers.items()],
-        }
-        return json.dumps(content, separators=(",", ":")).encode()
+        yield _line([_VERSION, self._all.encode()])
+        addresses, workers = list(self._addresses.items()), list(self._workers.items())
+        for start in range(0, len(addresses), ROWS_A_PART):
+            part = addresses[start : start + ROWS_A_PART]
+            yield b"".join(_line([address, record.encode()]) for address, record in part)
+        for start in range(0, len(workers), ROWS_A_PART):
+            rows = workers[start : start + ROWS_A_PART]
+            yield b"".join(_line([address, worker, record.encode()]) for (address, worker), record in rows)
 
     @classmethod
     def decode(cls, encoded: bytes) -> Accounting:
@@ -226,29 +245,33 @@ class Accounting:
         Raises:
             ValueError: these are none.
         """
-        try:
-            content = json.loads(encoded)
-        except RecursionError:
-            raise ValueError("not the books of a node") from None
-        match content:
-            case {"version": 1, "all": whole, "addresses": [*addresses], "workers": [*workers]}:
+        first, *lines = encoded.splitlines() or [b""]
+        match _value(first):
+            case [1, whole]:
                 books = cls(0.0)
                 books._all = Record.decode(whole)
             case _:
                 raise ValueError("not the books of a node, or of another version")
-        for row in addresses[-MAX_ROWS:]:
-            match row:
+        for line in lines[: 2 * MAX_ROWS]:
+            match _value(line):
                 case [str(address), record]:
                     books._addresses[address] = Record.decode(record)
-                case _:
-                    raise ValueError("not the books of an address")
-        for row in workers[-MAX_ROWS:]:
-            match row:
                 case [str(address), str(worker), record]:
                     books._workers[address, worker] = Record.decode(record)
                 case _:
                     raise ValueError("not the books of a worker")
         return books
+
+
+def _line(row: list[Any]) -> bytes:
+    return json.dumps(row, separators=(",", ":")).encode() + b"\n"
+
+
+def _value(line: bytes) -> object:
+    try:
+        return json.loads(line)
+    except RecursionError:
+        raise ValueError("not the books of a node") from None
 
 
 def _forget(table: dict[_Key, Record], now: float) -> None:

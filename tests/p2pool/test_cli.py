@@ -81,7 +81,7 @@ def fill_books(path: Path) -> None:
     for reason in ("stale", "duplicate", "low difficulty", "invalid share (R7)", "malformed"):
         outcome = SubmissionOutcome(reason=reason)
         books.note(address="bc1qb", worker="", outcome=outcome, now=time.time())
-    (path / "workers.json").write_bytes(books.encode(time.time()))
+    (path / "workers.json").write_bytes(b"".join(books.encode(time.time())))
 
 
 def test_workers_shows_what_miners_have_done(here: Call, tmp_path: Path) -> None:
