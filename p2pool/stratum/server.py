@@ -45,6 +45,8 @@ READ_BYTES = 2 * MAX_LINE_BYTES
 """Of one miner before the next has its turn."""
 ACCEPT_BATCH = 64
 """New connections before the miners that are already there have their turn."""
+TICK_BATCH = 250
+"""Connections that are looked after in one stretch, a millisecond."""
 BACKLOG = 1024
 """What a farm does after a power cut: everybody at once."""
 MAX_CLOSED_SESSIONS = 10_000
@@ -254,22 +256,18 @@ class StratumServer:
                     logger.error("cannot accept a miner: %s", error)
                     await trio.sleep(self._settings.tick_s)
                     break
-                if not self._has_room(address):
-                    sock.close()
-                    continue
                 connection = self._open(sock, address[0], listener.getsockname()[1])
                 if connection is not None:
                     logger.debug("%s connected as session %s", address, connection.session.session_id)
                     self._nursery.start_soon(self._read, connection)
 
-    def _has_room(self, address: object) -> bool:
+    def _make_room(self) -> bool:
         """Whether there is a place for one more connection; a stranger that lingers gives up its own."""
         if len(self._connections) < self._settings.max_connections:
             return True
         oldest = next(iter(self._strangers), None)
         now = trio.current_time()
         if oldest is None or oldest.stranger_since is None or now - oldest.stranger_since < LINGER_S:
-            self._count_drop("too many connections", address)
             return False
         self._forget_stranger(oldest)  # its task closes it when it has its turn: a place more for a moment
         self._drop(oldest, "makes room")
@@ -345,7 +343,11 @@ class StratumServer:
             if now - self._storm_since >= STORM_S:
                 self._opened.clear()
                 self._storm_since = now
-            for connection in list(self._connections):
+            for number, connection in enumerate(list(self._connections), 1):
+                if number % TICK_BATCH == 0:
+                    await trio.lowlevel.checkpoint()
+                if not connection.is_open:
+                    continue
                 session = connection.session
                 if connection.unsent_since is not None and now - connection.unsent_since > settings.write_deadline_s:
                     self._drop(connection, "reads too slowly")
@@ -366,11 +368,13 @@ class StratumServer:
     # One connection
 
     def _open(self, sock: socket.socket, address: str, port: int) -> _Connection | None:
-        """A connection for a new socket; None, with the socket closed, if its address has too many."""
+        """A connection for a new socket; None, with the socket closed, if there is no place for it."""
         settings = self._settings
         origin = ipaddress.ip_address(address.partition("%")[0])
         behind_proxy = any(origin in network for network in settings.proxies)
         reason = None if behind_proxy else self._too_many(_origin_of(address))
+        if reason is None and not self._make_room():
+            reason = "too many connections"
         if reason is not None:
             self._count_drop(reason, address)
             sock.close()
@@ -535,9 +539,11 @@ class StratumServer:
 def _origin_of(address: str) -> str:
     """What connections are counted for: an IPv4 address, an IPv6 /64; "" for the machine itself, which has no limit."""
     ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped is not None:  # as proxies that listen on both tell it
+        ip = ip.ipv4_mapped
     if ip.is_loopback:
         return ""
-    return address if ip.version == 4 else str(ipaddress.ip_network((ip, 64), strict=False))
+    return str(ip) if ip.version == 4 else str(ipaddress.ip_network((ip, 64), strict=False))
 
 
 def _count(counter: Counter[str], origin: str, step: int) -> None:

@@ -182,6 +182,13 @@ async def test_addresses_of_one_ipv6_subnet_count_as_one() -> None:
         await (await connect(v2("2001:db8:0:1::1"))).start()
 
 
+async def test_an_ipv4_address_written_as_ipv6_is_that_address() -> None:
+    async with serving(replace(BEHIND_PROXY, max_per_ip=1)) as (_, connect):
+        await (await connect(v2("::ffff:198.51.100.7"))).start()
+        assert await (await connect(v1("198.51.100.7"))).is_closed()
+        await (await connect(v2("::ffff:198.51.100.8"))).start()
+
+
 async def test_an_address_has_few_connections_without_a_user() -> None:
     async with serving(replace(BEHIND_PROXY, max_strangers_per_ip=2)) as (server, connect):
         idle = await connect(v1("198.51.100.7"))
