@@ -369,6 +369,13 @@ def _bench_sync(quick: bool) -> Iterator[Row]:
     yield from bench_sync(quick)
 
 
+def _bench_stratum(quick: bool) -> Iterator[Row]:
+    """A whole node under a load of submissions, against a bare server."""
+    from p2pool.bench_stratum import bench_stratum
+
+    yield from bench_stratum(quick)
+
+
 def _best_us(call: Callable[[], object], *, repeats: int = 50) -> float:
     times = []
     for _ in range(repeats):
@@ -385,4 +392,5 @@ BENCHES: Final[Mapping[str, Callable[[bool], Iterator[Row]]]] = {
     "store": _bench_store,
     "hasher": _bench_hasher,
     "sync": _bench_sync,
+    "stratum": _bench_stratum,
 }

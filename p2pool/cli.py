@@ -401,7 +401,7 @@ def export(config_file: Path | None, form: str, **flags: str | None) -> None:
 @click.option("--quick", is_flag=True, help="A tenth of the size: to see that it runs.")
 @_json_option
 def bench(name: str, quick: bool, as_json: bool) -> None:
-    """Measure: accept, payout, store or hasher; `all` for all.
+    """Measure: accept, payout, store, hasher, sync or stratum; `all` for all.
 
     Each result is a row of bench, case, metric, value and unit; what it is compared with is a row of the same run.
     """

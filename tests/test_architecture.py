@@ -41,6 +41,7 @@ IO_FILES = {
     *(
         "bench",
         "bench_network",
+        "bench_stratum",
         "blocks",
         "cli",
         "cluster",
