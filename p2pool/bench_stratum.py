@@ -195,9 +195,9 @@ class _Load:
                 latencies.append(time.monotonic() - miner.sent_at)
                 idle.insert(0, miner)
         while len(latencies) < sent:
-            answered = self._hear(PATIENCE_S)
-            assert answered, "the server answers no more"
+            answered = self._hear(0.1)
             now = time.monotonic()
+            assert now < end + PATIENCE_S, "the server answers no more"
             latencies += [now - miner.sent_at for miner in answered]
         return latencies
 
