@@ -44,6 +44,7 @@ def test_every_outcome_is_entered_for_worker_address_and_node() -> None:
     assert (totals["workers"], totals["accepted"], totals["best"]) == (2, 3, 64.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("difficulty", [2.0**-28, 1.0, 1024.0])
 def test_the_rates_of_a_steady_miner_are_its_hash_rate_over_every_span(difficulty: float) -> None:
     meter = Meter(START, START, [0.0] * len(SPANS_S))
@@ -121,6 +122,7 @@ events = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(events)
 def test_books_that_were_kept_are_the_same_books(entries: list[tuple[str, str, SubmissionOutcome, float]]) -> None:
     books, now = Accounting(START), START
@@ -144,12 +146,14 @@ json_values: st.SearchStrategy[Any] = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(st.one_of(st.binary(max_size=50), json_values.map(lambda value: json.dumps(value).encode())))
 def test_what_are_no_books_is_a_value_error(encoded: bytes) -> None:
     with pytest.raises(ValueError, match=r"."):
         Accounting.decode(encoded)
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_damaged_books_are_books_or_a_value_error(data: st.DataObject) -> None:
     books = Accounting(START)

@@ -115,6 +115,7 @@ def test_what_is_no_proxy_header_is_refused(header: bytes) -> None:
         ProxyReader().receive(header)
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from([b"", b"PROXY ", b"PROXY TCP4 ", SIGNATURE, SIGNATURE + b"\x21\x11"]),
     st.binary(max_size=300),
@@ -370,6 +371,7 @@ async def test_a_handshake_that_never_ends_is_closed(certificate: tuple[Path, Pa
         await good.send("mining.ping")
 
 
+@pytest.mark.slow
 @given(st.binary(max_size=300))
 def test_arbitrary_bytes_for_tls_are_taken_or_refused(certificate: tuple[Path, Path], data: bytes) -> None:
     tls = Tls(load_certificate(*certificate))
@@ -391,6 +393,7 @@ def test_a_certificate_that_cannot_be_used_is_the_operators_to_know(
             load_certificate(pair[0], pair[1])
 
 
+@pytest.mark.slow
 async def test_hundreds_that_connect_and_go_leave_nothing_behind() -> None:
     async with serving(SETTINGS) as (server, connect):
         good = await (await connect()).start()

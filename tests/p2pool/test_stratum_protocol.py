@@ -1292,6 +1292,7 @@ OPENING = (
 )
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(st.integers(0, len(OPENING) - 1), st.binary(max_size=3)), max_size=4),
     st.lists(st.integers(0, len(OPENING)), max_size=6),
@@ -1312,6 +1313,7 @@ def test_a_damaged_opening_split_anywhere_is_answered_or_closed(
         assert all(isinstance(json.loads(line), dict) for line in step.splitlines())
 
 
+@pytest.mark.slow
 @given(st.binary(max_size=300), st.lists(st.integers(0, 300), max_size=4))
 def test_arbitrary_bytes_split_anywhere_give_a_reply_or_a_close(data: bytes, cuts: list[int]) -> None:
     whole, split = Talk(), Talk()
