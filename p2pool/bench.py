@@ -383,6 +383,13 @@ def _bench_template(quick: bool, **choices: Any) -> Iterator[Row]:
     yield from bench_template(quick, **choices)
 
 
+def _bench_stratum(quick: bool) -> Iterator[Row]:
+    """A whole node under a load of submissions, against a bare server."""
+    from p2pool.bench_stratum import bench_stratum
+
+    yield from bench_stratum(quick)
+
+
 def _best_us(call: Callable[[], object], *, repeats: int = 50) -> float:
     times = []
     for _ in range(repeats):
@@ -400,4 +407,5 @@ BENCHES: Final[Mapping[str, Callable[..., Iterator[Row]]]] = {
     "hasher": _bench_hasher,
     "sync": _bench_sync,
     "template": _bench_template,
+    "stratum": _bench_stratum,
 }

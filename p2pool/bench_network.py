@@ -45,7 +45,7 @@ from sharechain.params import Params, decode_params
 from sharechain.share import Share
 from sharechain.validate import BlockFacts
 
-__all__ = ["bench_sync"]
+__all__ = ["StillBitcoin", "bench_sync"]
 
 #: Bytes that the bare stream moves: as much as the frames of a sync are large, so many times.
 FRAME: Final = 1024 * 1024
@@ -143,12 +143,12 @@ def _node(directory: DataDirectory, params: Params, peers: Sequence[str]) -> Nod
     return Node(
         directory=directory,
         params=params,
-        backend=_StillBitcoin(),
+        backend=StillBitcoin(),
         network=lambda desk: Network(desk, transport, book, clock=time.time, choose=random.Random(1)),
     )
 
 
-class _StillBitcoin:
+class StillBitcoin:
     """A Bitcoin of one block, which stands still: a sync asks no more of it."""
 
     network = "regtest"

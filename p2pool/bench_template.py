@@ -40,8 +40,8 @@ from p2pool.database import DataDirectory
 from p2pool.errors import ConfigError, P2PoolError
 from p2pool.node import Node
 from p2pool.report import load_chain
-from p2pool.stratum.protocol import Notify, Worker
 from p2pool.stratum.server import ServerSettings, open_listeners
+from p2pool.stratum.values import Notify, Worker
 from sharechain.chain import Accepted
 from sharechain.params import Params, decode_params
 from sharechain.validate import BlockFacts
@@ -443,7 +443,7 @@ async def _serve_node(url: str, path: Path, params: Params) -> None:
         trio.open_nursery() as nursery,
     ):
         # Miners of a benchmark find nothing, and would have their difficulty changed all the time.
-        settings = ServerSettings(tick_s=3_600.0)
+        settings = ServerSettings(tick_s=3_600.0, max_connections=100_000)
         node = _WatchedNode(directory=directory, params=params, backend=backend, stratum=settings)
         await nursery.start(node.run, open_listeners("127.0.0.1", 0))
         _say({"address": node.server.addresses[0]})

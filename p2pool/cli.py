@@ -93,6 +93,8 @@ def _config_options(*names: str) -> Callable[[Callable[..., Any]], Callable[...,
         for option in reversed([option for option in OPTIONS if option.name in names]):
             text = option.help if option.default is None else f"{option.help} [default: {option.default}]"
             form: dict[str, Any] = {"metavar": option.metavar, "multiple": option.is_list}
+            if option.values > 1:
+                form["nargs"] = option.values
             if option.is_switch:
                 text, form = option.help, {"is_flag": True, "default": None}
             command = click.option(option.flag, option.name, help=text, **form)(command)
@@ -289,6 +291,36 @@ def peers(config_file: Path | None, as_json: bool, **flags: str | None) -> None:
 
 @cli.command()
 @_config_options("network", "data_dir")
+@click.option("--address", metavar="ADDRESS", help="Only the workers of this address.")
+@_json_option
+def workers(config_file: Path | None, address: str | None, as_json: bool, **flags: str | None) -> None:
+    """What each miner has done here: hash rates, submissions, the best of them, last seen.
+
+    Kept over restarts, and for a week after a worker was heard last; a running node writes it every ten seconds.
+    """
+    config = _load(config_file, flags)
+    from p2pool.database import load_workers
+    from p2pool.stratum.accounting import Accounting
+
+    encoded = load_workers(config.data_dir)
+    if encoded is None:
+        raise ConfigError(f"data directory {config.data_dir} holds no books of miners: no node has run on it")
+    try:
+        books = Accounting.decode(encoded)
+    except ValueError as error:
+        raise ConfigError(f"{config.data_dir}/workers.json is damaged: {error}") from None
+    now = time.time()
+    rows = {"workers": books.workers(now), "addresses": books.addresses(now)}
+    for name, some in rows.items():
+        rows[name] = [row for row in some if address in (None, row["address"])]
+    if as_json:
+        click.echo(json.dumps({"time": now, "totals": books.totals(now), **rows}))
+        return
+    _print_table([_worker_row(row, now) for row in rows["workers"]])
+
+
+@cli.command()
+@_config_options("network", "data_dir")
 @click.option("--last", default=20, show_default=True, type=click.IntRange(1), help="How many, from the tip down.")
 @_json_option
 def shares(config_file: Path | None, last: int, as_json: bool, **flags: str | None) -> None:
@@ -456,7 +488,7 @@ def export(config_file: Path | None, form: str, **flags: str | None) -> None:
 @click.option("--transactions", type=click.IntRange(1), help="template: in a block. [default: 4,000]")
 @_json_option
 def bench(name: str, quick: bool, as_json: bool, **flags: int | None) -> None:
-    """Measure: accept, payout, store, hasher, sync or template; `all` for all.
+    """Measure: accept, payout, store, hasher, sync, stratum or template; `all` for all.
 
     Each result is a row of bench, case, metric, value and unit; what it is compared with is a row of the same run.
     """
@@ -490,10 +522,13 @@ def _live_status(data_dir: Path, running: bool) -> dict[str, Any]:
     from p2pool.database import read_status
 
     status = read_status(data_dir) if running else None
-    if status is None or status.get("network") is None:
+    if status is None:
         return {}
+    miners = _miners_status(status["miners"]) if "miners" in status else {}
+    if status.get("network") is None:
+        return miners
     network = status["network"]
-    return {
+    return miners | {
         "sync_state": network["state"],
         "sync_target": network["sync_target"],
         "inbound_peers": network["inbound"],
@@ -522,6 +557,50 @@ def _fetch_block(config: Config, wanted: str) -> tuple[BitcoinBlock, bool]:
 
     _log_to_terminal("warning")
     return trio.run(fetch)
+
+
+#: What `workers` and `status` name of the reasons for a refusal; all others are `invalid`.
+_REASONS: Final = {"stale": "stale", "duplicate": "duplicate", "low difficulty": "low"}
+
+
+def _refusals(rejected: Mapping[str, int]) -> dict[str, int]:
+    counts = {name: rejected.get(reason, 0) for reason, name in _REASONS.items()}
+    return counts | {"invalid": sum(rejected.values()) - sum(counts.values())}
+
+
+def _miners_status(miners: Mapping[str, Any]) -> dict[str, Any]:
+    """What the miners of a running node have done, in a few numbers."""
+    counts = {f"submissions_{name}": count for name, count in _refusals(miners["rejected"]).items()}
+    return {
+        "miner_connections": miners["connections"],
+        "miners": miners["workers"],
+        "miners_hash_rate": miners["hash_rate_10m"],
+        "submissions_accepted": miners["accepted"],
+        **counts,
+        "best_submission": miners["best"],
+    }
+
+
+def _worker_row(row: Mapping[str, Any], now: float) -> dict[str, Any]:
+    return {
+        "address": row["address"],
+        "worker": row["worker"],
+        **{span: _hash_rate(row[f"hash_rate_{span}"]) for span in ("1m", "10m", "1h", "24h")},
+        "accepted": row["accepted"],
+        **_refusals(row["rejected"]),
+        "shares": row["shares"],
+        "blocks": row["blocks"],
+        "best": float(row["best"]),
+        "seen": _ago(now - row["last_seen"]),
+    }
+
+
+def _hash_rate(rate: float) -> str:
+    for unit in ("", "k", "M", "G", "T", "P"):
+        if rate < 1000:
+            return f"{rate:.3g} {unit}H/s"
+        rate /= 1000
+    return f"{rate:,.3g} EH/s"
 
 
 def _ago(seconds: float) -> str:

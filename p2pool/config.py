@@ -11,6 +11,7 @@ import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,6 +39,8 @@ class Option:
     is_list: bool = False
     #: Needs no value on the command line.
     is_switch: bool = False
+    #: Values on the command line; in the environment, with commas between; an array in the file.
+    values: int = 1
 
     @property
     def flag(self) -> str:
@@ -138,6 +141,62 @@ def _zmq(value: object) -> tuple[str, ...]:
     return tuple(texts)
 
 
+def _texts(value: object) -> tuple[str, ...]:
+    """The parts of a list: of the command line, of a text with commas, of an array."""
+    texts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple):
+        raise ValueError(f"a list is needed, got {value!r}")
+    return tuple(_text(text) for text in texts)
+
+
+def _above_0(value: object) -> float:
+    try:
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else 0.0
+    except (ValueError, OverflowError):
+        number = 0.0
+    if not 0 < number < 1e30:
+        raise ValueError(f"a difficulty above 0 is needed, got {value!r}")
+    return number
+
+
+def _listeners(value: object) -> tuple[tuple[str, int, float | None], ...]:
+    return tuple(_listener(text) for text in _texts(value))
+
+
+def _listener(text: str) -> tuple[str, int, float | None]:
+    where, plus, difficulty = text.partition("+")
+    host, colon, port = where.rpartition(":")
+    if not colon or not host:
+        raise ValueError(f"HOST:PORT or HOST:PORT+DIFFICULTY is needed, got {text!r}")
+    if plus and port == "0":
+        raise ValueError(f"a start difficulty needs a port that is known, got {text!r}")
+    return host.strip("[]"), _port(port), _above_0(difficulty) if plus else None
+
+
+def _networks(value: object) -> tuple[IPv4Network | IPv6Network, ...]:
+    try:
+        return tuple(ip_network(text) for text in _texts(value))
+    except ValueError as error:
+        raise ValueError(f"IP addresses or networks like 10.0.0.0/8 are needed: {error}") from None
+
+
+def _classes(value: object) -> tuple[tuple[str, int], ...]:
+    pairs = []
+    for text in _texts(str(value) if isinstance(value, int) and not isinstance(value, bool) else value):
+        agent, _, number = text.rpartition("=")
+        if not (number.isascii() and number.isdecimal() and len(number) < 7):
+            raise ValueError(f"CLASS or USER-AGENT=CLASS is needed, got {text!r}")
+        pairs.append((agent, int(number)))
+    return tuple(pairs)
+
+
+def _two_paths(value: object) -> tuple[Path, Path]:
+    texts = _texts(value)
+    if len(texts) != 2:
+        raise ValueError(f"two files are needed, a certificate and its key, got {value!r}")
+    return _path(texts[0]), _path(texts[1])
+
+
 def _one_of(*choices: str) -> Callable[[object], str]:
     def parse(value: object) -> str:
         if not isinstance(value, str) or value not in choices:
@@ -222,6 +281,55 @@ OPTIONS: Final = (
         default="5",
     ),
     Option(
+        name="start_difficulty",
+        metavar="DIFFICULTY",
+        help="What a miner begins with; it is adapted within seconds.",
+        parse=_above_0,
+        default="512",
+    ),
+    Option(
+        name="stratum_listen",
+        metavar="HOST:PORT[+DIFFICULTY]",
+        help="A further interface and port for miners, with its own start difficulty. May be given more than once.",
+        parse=_listeners,
+        is_list=True,
+    ),
+    Option(
+        name="stratum_tls",
+        metavar="CERT KEY",
+        help="Certificate and key, as PEM files: miners may then speak TLS on every port, as well as plain text.",
+        parse=_two_paths,
+        values=2,
+    ),
+    Option(
+        name="stratum_proxy",
+        metavar="ADDRESS",
+        help="A load balancer (IP address or network) that sends a PROXY header. May be given more than once.",
+        parse=_networks,
+        is_list=True,
+    ),
+    Option(
+        name="stratum_max_per_ip",
+        metavar="NUMBER",
+        help="Miners that may be connected from one IP address; this machine's own may be more.",
+        parse=_count(100_000),
+        default="5000",
+    ),
+    Option(
+        name="payout_class",
+        metavar="[USER-AGENT=]CLASS",
+        help="Payout class for miners whose user agent contains the text, or for all. May be given more than once.",
+        parse=_classes,
+        is_list=True,
+    ),
+    Option(
+        name="shares_per_window",
+        metavar="NUMBER",
+        help="Shares of one address that a window should hold at most: bigger miners find heavier ones. 0: no limit.",
+        parse=_count(1_000_000),
+        default="200",
+    ),
+    Option(
         name="peer",
         metavar="MULTIADDR",
         help="Another node: /ip4/ADDRESS/tcp/PORT/p2p/ID. May be given more than once; called for as long as we run.",
@@ -291,6 +399,16 @@ class Config:
     stratum_host: str
     stratum_port: int
     vardiff_interval: float
+    start_difficulty: float
+    #: Host, port, start difficulty.
+    stratum_listen: tuple[tuple[str, int, float | None], ...]
+    #: Certificate and key.
+    stratum_tls: tuple[Path, Path] | None
+    stratum_proxy: tuple[IPv4Network | IPv6Network, ...]
+    stratum_max_per_ip: int
+    #: Part of a user agent, class.
+    payout_class: tuple[tuple[str, int], ...]
+    shares_per_window: int
     #: Whole multiaddrs.
     peer: tuple[str, ...]
     p2p_host: str

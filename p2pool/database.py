@@ -7,6 +7,7 @@
     blocks/              blocks that Bitcoin has not answered yet
     identity.key         the secret that the node's peer id is made of, readable by its owner only
     peers.json           nodes that are known, and those that were sent away
+    workers.json         what miners have done, each worker's and address's books
     status.json          what the running node says of itself, each few seconds
     bitcoin/             the embedded Bitcoin, if one is used
 
@@ -51,6 +52,7 @@ _BLOCKS: Final = "blocks"
 _IDENTITY: Final = "identity.key"
 _PEERS: Final = "peers.json"
 _STATUS: Final = "status.json"
+_WORKERS: Final = "workers.json"
 #: LevelDB's own log for people, and its lock: they change without a write and hold no data.
 _NO_DATA: Final = ("LOCK", "LOG", "LOG.old")
 
@@ -216,6 +218,10 @@ class DataDirectory:
         except FileNotFoundError:
             return None
 
+    def save_workers(self, encoded: bytes) -> None:
+        """Keep the books of the miners."""
+        _write_whole(self.path / _WORKERS, encoded)
+
     def write_status(self, status: dict[str, Any]) -> None:
         """Let other commands see what the running node says of itself (see ``read_status``)."""
         _write_whole(self.path / _STATUS, json.dumps(status).encode())
@@ -288,6 +294,14 @@ def read_status(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return status if isinstance(status, dict) else None
+
+
+def load_workers(path: Path) -> bytes | None:
+    """What ``DataDirectory.save_workers`` was given last; None if nothing was. A node may be running."""
+    try:
+        return (path / _WORKERS).read_bytes()
+    except FileNotFoundError:
+        return None
 
 
 @contextmanager

@@ -38,12 +38,14 @@ class StratumError(P2PoolError):
     Arguments:
         code: the number that Stratum gives the error (21 job not found, 23 low difficulty, ...).
         message: what a miner reads in the log of the machine.
+        reason: the name in statistics, where it says more than the code's.
     """
 
-    def __init__(self, code: int, message: str) -> None:
+    def __init__(self, code: int, message: str, *, reason: str = "") -> None:
         super().__init__(code, message)
         self.code = code
         self.message = message
+        self.reason = reason
 
     def __str__(self) -> str:
         return f"{self.message} (code {self.code})"

@@ -15,9 +15,10 @@ from p2pool.bitcoin_backend.template import BlockTemplate, assemble_block
 from p2pool.errors import StratumError
 from sharechain.chain import Sharechain
 from sharechain.coinbase import COINBASE_TAG, coinbase_head, coinbase_tail, fold_coinbase
-from sharechain.difficulty import bits_to_target, target_to_bits
+from sharechain.difficulty import bits_to_target, target_to_bits, work_of
 from sharechain.entry import ChainEntry
 from sharechain.hasher import sha256d
+from sharechain.params import Params
 from sharechain.payout import Payouts
 from sharechain.share import Share, ShareData, bip34_push, pack_header, share_commitment
 from sharechain.validate import (
@@ -29,10 +30,22 @@ from sharechain.validate import (
     next_max_bits,
 )
 
-__all__ = ["EXTRANONCE_SIZE", "Candidate", "Job", "JobBook", "Work", "build_job", "next_work"]
+__all__ = [
+    "EXTRANONCE_SIZE",
+    "Candidate",
+    "Job",
+    "JobBook",
+    "Work",
+    "build_job",
+    "next_heaviness",
+    "next_work",
+    "shares_in_window",
+]
 
 #: Seconds after which no miner answers a job any more; each holds on to a whole template.
 MAX_JOB_AGE_S: Final = 900
+#: How far a hash rate may be outside what a heaviness is for before that changes.
+HEAVINESS_MARGIN: Final = 1.25
 #: Bytes. Extranonce1 (4) and extranonce2 (8) together.
 EXTRANONCE_SIZE: Final = 12
 
@@ -187,6 +200,40 @@ def build_job(
         share_target=bits_to_target(bits),
         block_target=block_target(params, data.max_bits, work.bits),
     )
+
+
+def shares_in_window(params: Params, work: Work) -> float:
+    """How many main-chain shares the PPLNS window holds, if all are as hard as the chain asks."""
+    block = block_target(params, work.max_bits, work.bits)
+    wanted = params.window_blocks * work_of(block) / work_of(bits_to_target(work.max_bits))
+    return min(wanted, params.window_max_shares)
+
+
+def next_heaviness(params: Params, work: Work, *, hash_rate: float, shares_per_window: int, present: int = 1) -> int:
+    """How many times harder than the chain asks a big miner's shares are to be, so that they do not flood it.
+
+    A share is worth its work, so a miner loses nothing by fewer and heavier ones but evenness, of which two hundred a
+    window leave plenty (7 %). R8 ends it at ``heaviest_share``: a miner of more than ``heaviest_share *
+    shares_per_window`` ordinary shares a window, on mainnet 1.3 % of the pool, finds more than the aim all the same.
+
+    Args:
+        params, work: of the chain.
+        hash_rate: of the payout script, in hashes per second.
+        shares_per_window: the aim, above 0.
+        present: the last answer. It changes only when the rate has clearly left what it is for.
+
+    Returns:
+        1, a power of two, or ``heaviest_share``.
+    """
+    window_s = shares_in_window(params, work) * params.share_period_ms / 1000
+    expected = hash_rate * window_s / work_of(bits_to_target(work.max_bits))
+    wanted = expected / shares_per_window
+    if (present == 1 or present / 2 / HEAVINESS_MARGIN < wanted) and wanted <= present * HEAVINESS_MARGIN:
+        return present
+    heaviness = 1
+    while heaviness < wanted and heaviness < params.heaviest_share:
+        heaviness = min(2 * heaviness, params.heaviest_share)
+    return heaviness
 
 
 class JobBook:

@@ -22,20 +22,21 @@ from typing import Any, Final
 import trio
 
 from p2pool.bitcoin_backend import BitcoinBackend, BlockTemplate, HeaderFacts, SubmitResult
-from p2pool.bitcoin_backend.address import AddressError, decode_address
+from p2pool.bitcoin_backend.address import AddressError, decode_address, encode_address
 from p2pool.bitcoin_backend.headers import CHAIN_RULES
 from p2pool.bitcoin_backend.template import empty_template
 from p2pool.blocks import NO_PARENT, RETRY_S, BlockSubmitter, FoundBlock
-from p2pool.database import DataDirectory
+from p2pool.database import DataDirectory, load_workers
 from p2pool.errors import BackendError, BackendRefusal, ConfigError, StratumError
 from p2pool.exchange import BlockExchange
-from p2pool.jobs import Candidate, JobBook, next_work
+from p2pool.jobs import Candidate, JobBook, next_heaviness, next_work
 from p2pool.outage import Outage
 from p2pool.p2p.network import Network, NetworkDesk, NetworkStatistics
 from p2pool.report import load_chain
-from p2pool.stratum.login import parse_user, payout_class_for
-from p2pool.stratum.protocol import Notify, Submission, Verdict, Worker
+from p2pool.stratum.accounting import Accounting
+from p2pool.stratum.login import explain_user, parse_user, payout_class_for
 from p2pool.stratum.server import ServerSettings, StratumServer
+from p2pool.stratum.values import Notify, Submission, SubmissionOutcome, Verdict, Worker
 from sharechain.chain import Accepted, ChainStatistics, Outcome, Sharechain, Unanchored
 from sharechain.difficulty import DIFFICULTY_1_TARGET, difficulty_of
 from sharechain.errors import InvalidShare, StoreError
@@ -69,6 +70,9 @@ ANCHOR_INTERVAL_S: Final = 0.5
 MAX_ANCHORS: Final = 64
 #: Seconds between two of the node's words about itself.
 STATUS_INTERVAL_S: Final = 2.0
+#: Seconds between two times that the miners' books are kept; longer where many workers make them thick.
+BOOKS_INTERVAL_S: Final = 10.0
+WORKERS_PER_BOOKS_INTERVAL: Final = 1_000
 #: Own shares that wait to join the chain, to be published then.
 MAX_OWN_WAITING: Final = 100
 #: Addresses in the node's word about itself.
@@ -121,8 +125,9 @@ class Node:
 
     Mutable fields: ``chain`` and the store (written only by ``accept`` and what it calls), ``_template`` (from
     Bitcoin, the one that miners work on, since ``_template_since``), ``_book`` with ``_notifies`` (jobs by desk
-    id), ``_outcomes`` (what Bitcoin said of blocks whose share is not in the chain yet), ``blocks``, ``network``,
-    ``_synced_at`` and ``_unsynced``, and the counters.
+    id), ``_share_targets`` and ``_heaviness`` (of each address that mines, see ``next_heaviness``), ``_accounting``
+    (what miners have done), ``_outcomes`` (what Bitcoin said of blocks whose share is not in the chain yet),
+    ``blocks``, ``network``, ``_synced_at`` and ``_unsynced``, and the counters.
     Invariant: the store holds what the chain holds.
     """
 
@@ -134,6 +139,8 @@ class Node:
         backend: BitcoinBackend,
         stratum: ServerSettings | None = None,
         default_address: str | None = None,
+        payout_classes: Sequence[tuple[str, int]] = (),
+        shares_per_window: int = 200,
         clock: Callable[[], float] = time.time,
         network: Callable[[NetworkDesk], Network] | None = None,
     ) -> None:
@@ -145,11 +152,14 @@ class Node:
             backend: on the Bitcoin network of ``params``.
             stratum: settings of the Stratum port.
             default_address: paid for miners whose user name is no address; None refuses them.
+            payout_classes: parts of user agents with the class for them: see ``payout_class_for``.
+            shares_per_window: how many shares of one address a window should hold at most; big miners get harder
+                share targets for it, as far as the rules let them. 0 leaves all at the chain's.
             clock: Unix seconds.
             network: makes the network of nodes round this one; None for a node that is alone.
 
         Raises:
-            ConfigError: the backend is on another network, or the default address is none.
+            ConfigError: the backend is on another network, the default address is none, or there is no such class.
             StoreError: the stored chain is damaged.
         """
         if backend.network != params.bitcoin_network:
@@ -162,14 +172,23 @@ class Node:
         self._backend = backend
         self._clock = clock
         self._default_script = None if default_address is None else script_of(default_address, params)
+        for _, payout_class in payout_classes:
+            if payout_class not in params.payout_classes:
+                classes = ", ".join(map(str, params.payout_classes))
+                raise ConfigError(f"--payout-class: one of {classes} is needed, got {payout_class}")
+        self._payout_classes = tuple(payout_classes)
+        self._shares_per_window = shares_per_window
         self._unsettled: list[bytes] = []
         self.chain: Final = load_chain(params, self._store, self._note_unsettled(self._store.shares()))
         self.server: Final = StratumServer(self, stratum)
+        self._accounting = _load_accounting(directory, clock())
         self._template: BlockTemplate | None = None
         self._template_since = -math.inf
         self._bitcoin_height = -1
         self._book = JobBook(self.chain, first_id=int(clock() * 1000) & 0xFFFFFFFF)
         self._notifies: dict[str, Notify] = {}
+        self._share_targets: dict[str, int] = {}
+        self._heaviness: dict[str, int] = {}
         self._outcomes: dict[bytes, str] = {}
         self._submitter = BlockSubmitter(backend=backend, directory=directory, on_answer=self._on_answer)
         self._synced_at = -math.inf
@@ -213,6 +232,7 @@ class Node:
                     await nursery.start(self.network.run)
                 task_status.started()
         finally:
+            self._keep_books(b"".join(self._accounting.encode(self._clock())))
             for listener in listeners:  # the server has closed them, if it came so far
                 listener.close()
 
@@ -301,35 +321,34 @@ class Node:
     # -- the desk of the Stratum server ----------------------------------------------------------------------
 
     def authorize(self, *, user: str, password: str, user_agent: str) -> Worker:
-        """Who mines: see ``p2pool.stratum.protocol.Desk``."""
+        """Who mines: see ``p2pool.stratum.values.Desk``."""
         options = parse_user(user, password)
+        name = options.worker_name
         try:
             script = decode_address(options.address, self.params.bitcoin_network)
         except AddressError as error:
             if self._default_script is None or _looks_like_address(options.address):
-                raise StratumError(24, f"user name: {error}") from None
+                raise StratumError(24, explain_user(user, str(error))) from None
             script = self._default_script
+            name = f"{options.address}.{name}" if name else options.address
         if not is_payout_script(script):
             raise StratumError(24, "user name: an address of a type that the pool does not pay")
         return Worker(
             user=user,
-            name=options.worker_name,
+            name=name,
+            address=encode_address(script, self.params.bitcoin_network) or script.hex(),
             payout_script=script,
-            payout_class=payout_class_for(user_agent, self.params.payout_classes),
+            payout_class=payout_class_for(user_agent, self.params.payout_classes, self._payout_classes),
             session_difficulty=options.session_difficulty,
             share_difficulty=options.share_difficulty,
         )
 
     def notify_for(self, worker: Worker) -> Notify | None:
-        """The current job: see ``p2pool.stratum.protocol.Desk``."""
+        """The current job: see ``p2pool.stratum.values.Desk``."""
         if self.network is not None and not self.network.is_ready:
             return None
         self._renew_due_work()
-        target = None
-        if worker.share_difficulty is not None:
-            difficulty = min(max(worker.share_difficulty, MIN_DIFFICULTY), MAX_DIFFICULTY)
-            target = int(DIFFICULTY_1_TARGET / difficulty)
-        job = self._book.job_for(worker.payout_script, worker.payout_class, target)
+        job = self._book.job_for(worker.payout_script, worker.payout_class, self._share_target(worker))
         if job is None:
             return None
         notify = self._notifies.get(job.job_id)
@@ -350,7 +369,7 @@ class Node:
         return notify
 
     def judge(self, worker: Worker, submission: Submission) -> Verdict:
-        """Hash a submission and act on it: see ``p2pool.stratum.protocol.Desk``."""
+        """Hash a submission and act on it: see ``p2pool.stratum.values.Desk``."""
         job = self._book.job(submission.job_id)
         template = job.work.template
         candidate = self._book.candidate(
@@ -363,7 +382,8 @@ class Node:
         if candidate.is_block:  # also one that is stale, or no share by the miner's own harder target
             self._submitter.submit(_found_block(candidate), lambda: self._accept_block(candidate))
         elif (ahead_s := submission.time - self._clock()) > (limit := self.params.future_limit_s):
-            raise StratumError(20, f"ntime is {ahead_s:.0f} s ahead of the clock; shares may be {limit} s ahead")
+            text = f"ntime is {ahead_s:.0f} s ahead of the clock; shares may be {limit} s ahead"
+            raise StratumError(20, text, reason="ahead of time")
         elif candidate.is_share:
             self._accept_own(candidate)
         current = self._template
@@ -374,6 +394,31 @@ class Node:
             is_share=candidate.is_share,
             is_block=candidate.is_block,
         )
+
+    def note(self, worker: Worker, outcome: SubmissionOutcome) -> None:
+        """Enter what became of a submission: see ``p2pool.stratum.values.Desk``."""
+        self._accounting.note(address=worker.address, worker=worker.name, outcome=outcome, now=self._clock())
+
+    def _share_target(self, worker: Worker) -> int | None:
+        """The harder share target that a miner asked for, or whose size asks for it; None for the chain's own."""
+        if worker.share_difficulty is not None:
+            difficulty = min(max(worker.share_difficulty, MIN_DIFFICULTY), MAX_DIFFICULTY)
+            return int(DIFFICULTY_1_TARGET / difficulty)
+        work = self._book.work
+        if work is None or not self._shares_per_window:
+            return None
+        target = self._share_targets.get(worker.address)
+        if target is None:  # once for each address and each work
+            heaviness = next_heaviness(
+                self.params,
+                work,
+                hash_rate=self._accounting.hash_rate(worker.address, self._clock()),
+                shares_per_window=self._shares_per_window,
+                present=self._heaviness.get(worker.address, 1),
+            )
+            self._heaviness[worker.address] = heaviness
+            target = self._share_targets[worker.address] = work.share_target // heaviness
+        return target
 
     # -- inside ----------------------------------------------------------------------------------------------
 
@@ -391,7 +436,7 @@ class Node:
             count = self._counters.invalid[error.rule]
             if count & (count - 1) == 0:  # the first, the second, the fourth ...: a miner must not fill the log
                 logger.warning("a miner's share breaks a rule (number %d of this rule): %s", count, error)
-            raise StratumError(20, str(error)) from None
+            raise StratumError(20, str(error), reason=f"invalid share ({error.rule})") from None
 
     def _accept_found(self, share: Share) -> None:
         if self.network is None:
@@ -466,6 +511,8 @@ class Node:
             return
         self._book.renew(next_work(self.chain, self._template, self._clock()))
         self._notifies.clear()
+        self._heaviness = {address: self._heaviness[address] for address in self._share_targets}  # who mines now
+        self._share_targets.clear()
         self.server.broadcast(clean=clean)
 
     def _learn(self, facts: HeaderFacts) -> None:
@@ -603,8 +650,15 @@ class Node:
             "bitcoin_height": statistics.bitcoin_height,
             "blocks": dict(Counter(block.reason for block in statistics.blocks)),
             "invalid": statistics.invalid,
+            "miners": {"connections": self.server.connections, **self._accounting.totals(now)},
             "network": network,
         }
+
+    def _keep_books(self, encoded: bytes) -> None:
+        try:
+            self._directory.save_workers(encoded)
+        except OSError as error:
+            self._warn_of("books", "workers.json cannot be written: %s", error)
 
     def _warn_of(self, what: str, text: str, error: Exception) -> None:
         """Log what may go wrong again and again: the first, the second, the fourth time ..."""
@@ -663,7 +717,7 @@ class Node:
 
     async def _tick(self) -> None:
         eased_s = self.params.stall_doubling_s / 2
-        told_at = -math.inf
+        told_at, kept_at = -math.inf, trio.current_time()
         while True:
             await trio.sleep(min(SYNC_INTERVAL_S, eased_s))
             now, moment = self._clock(), trio.current_time()
@@ -681,9 +735,25 @@ class Node:
                     self._directory.write_status(self._status(now))
                 except OSError as error:
                     self._warn_of("status", "status.json cannot be written: %s", error)
+            if moment - kept_at >= BOOKS_INTERVAL_S * (1 + len(self._accounting) // WORKERS_PER_BOOKS_INTERVAL):
+                kept_at, parts = moment, []
+                for part in self._accounting.encode(now):
+                    parts.append(part)
+                    await trio.lowlevel.checkpoint()  # miners have their turn
+                self._keep_books(b"".join(parts))
             work = self._book.work
             if work is not None and now - work.time >= min(WORK_INTERVAL_S, max(1.0, eased_s)):
                 self._renew_work(clean=False)
+
+
+def _load_accounting(directory: DataDirectory, now: float) -> Accounting:
+    encoded = load_workers(directory.path)
+    if encoded is not None:
+        try:
+            return Accounting.decode(encoded)
+        except ValueError as error:
+            logger.warning("workers.json is damaged, the books of the miners begin anew: %s", error)
+    return Accounting(now)
 
 
 def _found_block(candidate: Candidate) -> FoundBlock:

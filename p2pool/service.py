@@ -6,6 +6,7 @@ import logging
 import math
 import random
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -22,6 +23,7 @@ from p2pool.node import Node, script_of
 from p2pool.p2p.network import Network, NetworkDesk
 from p2pool.p2p.peers import PeerBook, PeerLimits
 from p2pool.stratum.server import ServerSettings, open_listeners
+from p2pool.stratum.tls import load_certificate
 from p2pool.stratum.vardiff import VardiffSettings
 
 if TYPE_CHECKING:
@@ -152,11 +154,13 @@ async def _run_node(config: Config, beside: Callable[[KernelBackend], Awaitable[
                 directory=directory,
                 params=config.params,
                 backend=backend,
-                stratum=ServerSettings(vardiff=VardiffSettings(target_interval_s=config.vardiff_interval)),
+                stratum=_stratum_settings(config),
                 default_address=config.address,
+                payout_classes=config.payout_class,
+                shares_per_window=config.shares_per_window,
                 network=partial(_build_network, config, directory),
             )
-            listeners = open_listeners(config.stratum_host, config.stratum_port)
+            listeners = _open_stratum(config)
             async with trio.open_nursery() as nursery:
                 await nursery.start(node.run, listeners)
                 if beside is not None:
@@ -177,6 +181,31 @@ async def _run_node(config: Config, beside: Callable[[KernelBackend], Awaitable[
                     logger.info("miners connect to stratum+tcp://%s:%d, user name: their Bitcoin address", host, port)
     finally:
         directory.close()
+
+
+def _stratum_settings(config: Config) -> ServerSettings:
+    return ServerSettings(
+        vardiff=VardiffSettings(target_interval_s=config.vardiff_interval, start_difficulty=config.start_difficulty),
+        start_difficulties={
+            port: difficulty for _, port, difficulty in config.stratum_listen if difficulty is not None
+        },
+        tls=None if config.stratum_tls is None else load_certificate(*config.stratum_tls),
+        proxies=config.stratum_proxy,
+        max_per_ip=config.stratum_max_per_ip,
+    )
+
+
+def _open_stratum(config: Config) -> list[socket.socket]:
+    """All that miners may connect to, or nothing."""
+    listeners: list[socket.socket] = []
+    try:
+        for host, port in [(config.stratum_host, config.stratum_port), *(one[:2] for one in config.stratum_listen)]:
+            listeners += open_listeners(host, port)
+    except ConfigError:
+        for listener in listeners:
+            listener.close()
+        raise
+    return listeners
 
 
 def _build_network(config: Config, directory: DataDirectory, desk: NetworkDesk) -> Network:

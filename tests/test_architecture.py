@@ -42,6 +42,7 @@ IO_FILES = {
         "bench",
         "bench_bitcoin",
         "bench_network",
+        "bench_stratum",
         "bench_template",
         "blocks",
         "cli",

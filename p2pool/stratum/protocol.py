@@ -21,11 +21,30 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Final, Protocol
+from dataclasses import dataclass
+from typing import Final
 
 from p2pool.errors import StratumError
-from p2pool.stratum.login import UNAUTHORIZED, read_difficulty
+from p2pool.stratum.login import read_difficulty
+from p2pool.stratum.values import (
+    DEFAULT_VERSION_MASK,
+    DUPLICATE,
+    EXTRANONCE1_SIZE,
+    EXTRANONCE2_SIZE,
+    LOW_DIFFICULTY,
+    NOT_SUBSCRIBED,
+    OTHER,
+    STALE,
+    UNAUTHORIZED,
+    Desk,
+    Notify,
+    SessionStatistics,
+    Submission,
+    SubmissionOutcome,
+    Verdict,
+    Worker,
+    reason_of,
+)
 from p2pool.stratum.vardiff import (
     Vardiff,
     VardiffSettings,
@@ -34,13 +53,8 @@ from p2pool.stratum.vardiff import (
     hardest_exponent_for,
     tolerant_target_of_exponent,
 )
+from sharechain.difficulty import DIFFICULTY_1_TARGET
 
-EXTRANONCE1_SIZE = 4
-"""Bytes; never empty (some firmware takes an empty one for a failed subscribe)."""
-EXTRANONCE2_SIZE = 8
-"""Bytes. cgminer never submits above 8."""
-DEFAULT_VERSION_MASK = 0x1FFFE000
-"""The version bits that miners may roll. Source: BIP320."""
 MAX_LINE_BYTES = 8 * 1024
 """The longest honest line, a `mining.configure` or a submit with a long user name, has a few hundred bytes."""
 MAX_JOBS_REMEMBERED = 64
@@ -51,190 +65,21 @@ MAX_WORKERS = 256
 """User names on one connection, as a farm's proxy sends them."""
 MIN_RESEND_S = 1.0
 """Between two lines of work that only the miner's own doing asks for."""
-
-OTHER: Final = 20
-STALE: Final = 21
-DUPLICATE: Final = 22
-LOW_DIFFICULTY: Final = 23
-NOT_SUBSCRIBED: Final = 25
-REASONS: Final[Mapping[int, str]] = {
-    OTHER: "malformed",
-    STALE: "stale",
-    DUPLICATE: "duplicate",
-    LOW_DIFFICULTY: "low difficulty",
-    UNAUTHORIZED: "unauthorized",
-    NOT_SUBSCRIBED: "not subscribed",
-}
-"""The names of the error codes in statistics."""
+KEEP_ALIVE_S = 25.0
+"""Without a job; then the job in hand goes out under another id. An Antminer D9 drops a pool after 60 s of silence,
+cgminer after 90 s, and minerd stops hashing 120 s after the last job."""
+TLS_HANDSHAKE: Final = 0x16
+"""The first byte of a TLS connection; of a line of JSON never."""
 
 _HEX_32_BITS = re.compile(r"[0-9a-fA-F]{1,8}", re.ASCII)
 _HEX_256_BITS = re.compile(r"(?:0x)?([0-9a-fA-F]{1,64})", re.ASCII)
 _EXTRANONCE2 = re.compile(rf"[0-9a-fA-F]{{{2 * EXTRANONCE2_SIZE}}}", re.ASCII)
-_TLS_HANDSHAKE = 0x16
+_VERSION_QUERY = "p2pool-version"
 _HTTP_METHODS = (b"GET ", b"HEAD ", b"POST ", b"PUT ", b"OPTIONS ", b"CONNECT ")
 _HTTP_ANSWER = (
     b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
     b"This port speaks Stratum, to miners.\r\n"
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Worker:
-    """Whom a job is for and who is paid for it, as the desk made it out of a user name.
-
-    Attributes:
-        user: the user name as the miner gave it.
-        name: the part for display after the address; may be empty.
-        payout_script: scriptPubKey.
-        payout_class: how many window payouts the coinbase may have, by what the firmware takes.
-        session_difficulty: asked for by `address+difficulty` or `d=`; None leaves it to vardiff.
-        share_difficulty: asked for by `address/difficulty`; for the desk, the session does not read it.
-    """
-
-    user: str
-    name: str
-    payout_script: bytes
-    payout_class: int
-    session_difficulty: float | None = None
-    share_difficulty: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Notify:
-    """One job for one worker (or for all workers that would get the same), with values in internal order.
-
-    Attributes:
-        job_id: the desk's name of the job; a miner sees another one.
-        previous_block_hash: 32 bytes.
-        coinb1, coinb2: the coinbase without witness, before and after extranonce1 + extranonce2.
-        branch: the merkle branch of the coinbase, 32 bytes each.
-        version, bits, time: as in the header.
-        share_target, block_target: 256 bits; no session target is below the larger of the two.
-    """
-
-    job_id: str
-    previous_block_hash: bytes
-    coinb1: bytes
-    coinb2: bytes
-    branch: tuple[bytes, ...]
-    version: int
-    bits: int
-    time: int
-    share_target: int
-    block_target: int
-    _middle: bytes = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if len(self.previous_block_hash) != 32 or any(len(node) != 32 for node in self.branch):
-            raise ValueError(f"job {self.job_id}: expected hashes of 32 bytes")
-        for name in ("version", "bits", "time"):
-            if not 0 <= getattr(self, name) < 2**32:
-                raise ValueError(f"job {self.job_id}: {name}: expected 32 bits, got {getattr(self, name):#x}")
-        words = (self.previous_block_hash[i : i + 4][::-1].hex() for i in range(0, 32, 4))
-        branch = ",".join(f'"{node.hex()}"' for node in self.branch)
-        middle = f'"{"".join(words)}","{self.coinb1.hex()}","{self.coinb2.hex()}",[{branch}]'
-        object.__setattr__(self, "_middle", middle.encode())  # Hex of up to 16 kB, the same for every session.
-
-    @property
-    def limit(self) -> int:
-        """The lowest session target that the job allows: no share and no block may go unreported."""
-        return max(self.share_target, self.block_target)
-
-    def encode(self, *, job_id: str, version_mask: int, clean: bool) -> bytes:
-        """The `mining.notify` line, with the negotiated bits of the version cleared.
-
-        Firmware disagrees whether the version bits of a submission replace those of the job, are ORed into or XORed
-        onto them; cleared, the three are the same.
-        """
-        rest = f'"{self.version & ~version_mask:08x}","{self.bits:08x}","{self.time:08x}"'
-        return (
-            f'{{"id":null,"method":"mining.notify","params":["{job_id}",'.encode()
-            + self._middle
-            + f",{rest},{'true' if clean else 'false'}]}}\n".encode()
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Submission:
-    """A miner's claim that these values make a header with a low hash.
-
-    Attributes:
-        worker: the user name in the submission.
-        job_id: the desk's (`Notify.job_id`).
-        extranonce1, extranonce2: 4 and 8 bytes, as they stand in the coinbase.
-        time, nonce: as in the header.
-        version_bits: as submitted, None where the miner sent none.
-        version_mask: what was negotiated when the miner got the job; 0 for nothing.
-    """
-
-    worker: str
-    job_id: str
-    extranonce1: bytes
-    extranonce2: bytes
-    time: int
-    nonce: int
-    version_bits: int | None
-    version_mask: int
-
-    def header_version(self, job_version: int) -> int:
-        """The version in the header that the miner hashed, given the job's. Bits outside the mask do not count."""
-        return (job_version & ~self.version_mask) | ((self.version_bits or 0) & self.version_mask)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """What the desk found out about a submission, and has already acted on.
-
-    Attributes:
-        hash_value: the header's hash as a number.
-        stale: the job is on an older block than Bitcoin's tip.
-        is_share: the hash meets the share target.
-        is_block: the hash meets the block target; the block has been submitted.
-    """
-
-    hash_value: int
-    stale: bool
-    is_share: bool
-    is_block: bool
-
-
-class Desk(Protocol):
-    """What a session asks of the node. All answers are immediate."""
-
-    def authorize(self, *, user: str, password: str, user_agent: str) -> Worker:
-        """Who mines. Raises: StratumError(24) with a text for the miner's owner."""
-
-    def notify_for(self, worker: Worker) -> Notify | None:
-        """The current job, the same object for equal workers; None while there is no work."""
-
-    def judge(self, worker: Worker, submission: Submission) -> Verdict:
-        """Hash, submit a block first, hand a share on. Raises: StratumError(21) for a job no longer known."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SessionStatistics:
-    """A session at one moment, for pages and logs.
-
-    Attributes:
-        user, user_agent: as the miner gave them; "" where it has not yet.
-        difficulty: of the job in hand, 0 before the first.
-        hash_rate: estimated from submissions, in hashes per second.
-        accepted, rejected: submissions; rejected by the names in `REASONS`.
-        shares, blocks: how many of the accepted were one.
-        connected_at, heard_at: the start and the last line of the miner, on the server's clock.
-    """
-
-    session_id: str
-    user: str
-    user_agent: str
-    difficulty: float
-    hash_rate: float
-    accepted: int
-    rejected: Mapping[str, int]
-    shares: int
-    blocks: int
-    connected_at: float
-    heard_at: float
 
 
 @dataclass(slots=True, kw_only=True)
@@ -302,8 +147,9 @@ class Session:
         self._last_job: _SentJob | None = None
         self._sent_exponent: int | None = None
         self._sent_at = -math.inf
+        self._version_asked = False
         self._accepted = self._shares = self._blocks = 0
-        self._rejected: dict[int, int] = {}
+        self._rejected: dict[str, int] = {}
         self._connected_at = self._heard_at = now
 
     @property
@@ -324,7 +170,7 @@ class Session:
         out: list[bytes] = []
         while self.closing is None:
             end = self._buffer.find(b"\n")
-            if self._buffer[:1] == bytes([_TLS_HANDSHAKE]):
+            if self._buffer[:1] == bytes([TLS_HANDSHAKE]):
                 self.closing = "TLS on a plain port"
             elif end > MAX_LINE_BYTES or (end < 0 and len(self._buffer) > MAX_LINE_BYTES):
                 self.closing = f"a line of more than {MAX_LINE_BYTES} bytes"
@@ -368,11 +214,11 @@ class Session:
         return self._send_work(now) if self.closing is None else b""
 
     def on_tick(self, now: float) -> bytes:
-        """To be called every few seconds: eases the difficulty of a miner that has fallen silent."""
+        """To be called every few seconds: eases the difficulty of a silent miner, and is not silent itself."""
         if self._last_job is None or self.closing is not None:
             return b""
         self._vardiff.on_tick(now)
-        return self._send_due_work(now)
+        return self._send_work(now) if now - self._sent_at >= KEEP_ALIVE_S else self._send_due_work(now)
 
     def statistics(self, now: float) -> SessionStatistics:
         return SessionStatistics(
@@ -382,7 +228,7 @@ class Session:
             difficulty=float(difficulty_of_exponent(self._last_job.exponent)) if self._last_job else 0.0,
             hash_rate=self._vardiff.hash_rate(now),
             accepted=self._accepted,
-            rejected={REASONS.get(code, f"code {code}"): count for code, count in self._rejected.items()},
+            rejected=dict(self._rejected),
             shares=self._shares,
             blocks=self._blocks,
             connected_at=self._connected_at,
@@ -406,7 +252,7 @@ class Session:
             self.closing = "not a JSON object"
             return []
         if "method" not in message:
-            return []  # The miner's answer to us.
+            return self._on_answer(message, now)
         identity = _encode_id(message.get("id"))
         method, params = message["method"], message.get("params")
         try:
@@ -420,7 +266,30 @@ class Session:
             answer = f'"result":{"true" if result is True else json.dumps(result)},"error":null'
         reply = [] if identity is None else [f'{{"id":{identity},{answer}}}\n'.encode()]
         work = self._send_work(now) if self._last_job is None else self._send_due_work(now)
-        return [*reply, work]
+        return [*reply, work, self._ask_version()]
+
+    def _ask_version(self) -> bytes:
+        """Ask a miner that did not say in its subscribe what it is: the size of the coinbase depends on it.
+
+        Only behind the first job: before the authorize reply it would be taken for a failed authorization.
+        """
+        if self._user_agent or self._version_asked or self._last_job is None or self.closing is not None:
+            return b""
+        self._version_asked = True
+        return f'{{"id":"{_VERSION_QUERY}","method":"client.get_version","params":[]}}\n'.encode()
+
+    def _on_answer(self, message: Mapping[str, object], now: float) -> list[bytes]:
+        """A miner's answer to us. Never answered; work on a coinbase of another size may follow."""
+        agent = _text(message.get("result"))[:128]
+        if message.get("id") != _VERSION_QUERY or not self._version_asked or self._user_agent or not agent:
+            return []
+        self._user_agent = agent
+        try:
+            self._authorize_again()
+        except StratumError as error:
+            self.closing = error.message
+            return []
+        return [self._send_work(now)]
 
     def _send_due_work(self, now: float) -> bytes:
         """Send the job in hand again where the miner itself changed what it must be told with it."""
@@ -495,8 +364,7 @@ class Session:
             self._user_agent = _text(params[0])[:128] if params else ""
             closed = params[1] if len(params) > 1 else None
             # Who authorized before was judged without a user agent: again, and a refusal is the answer.
-            for user, (_, password) in list(self._workers.items()):
-                self._authorize_user(user, password)
+            self._authorize_again()
             self._subscribed = True
             if isinstance(closed, str) and self._resume is not None and (old := self._resume(closed)) is not None:
                 self._take_over(old, now)
@@ -521,9 +389,21 @@ class Session:
         self._authorize_user(user, password)
         return True
 
+    def _authorize_again(self) -> None:
+        """The user agent has become known, and with it what the firmware takes."""
+        for user, (_, password) in list(self._workers.items()):
+            self._authorize_user(user, password)
+
     def _authorize_user(self, user: str, password: str) -> None:
         try:
             worker = self._desk.authorize(user=user, password=password, user_agent=self._user_agent)
+            for other, _ in self._workers.values():
+                if other.user != user and other.payout_script != worker.payout_script:
+                    # A connection has one coinbase: this user's work would be paid to the other.
+                    raise StratumError(
+                        UNAUTHORIZED,
+                        f"this connection mines for {other.address}: open another one for {worker.address}",
+                    )
         except StratumError:
             self._workers.pop(user, None)
             raise
@@ -535,25 +415,39 @@ class Session:
             self._vardiff.fix(None if wanted is None else exponent_of_difficulty(wanted))
 
     def _submit(self, params: list[object], now: float) -> object:
+        user = _text(params[0])[:256] if params else ""
+        worker, _ = self._workers.get(user) or next(iter(self._workers.values()), (None, ""))
         try:
-            exponent, verdict = self._judge(params)
+            exponent, verdict = self._judge(user, params)
         except StratumError as error:
-            self._rejected[error.code] = self._rejected.get(error.code, 0) + 1
+            reason = error.reason or reason_of(error.code)
+            self._rejected[reason] = self._rejected.get(reason, 0) + 1
+            if worker is not None:
+                self._desk.note(worker, SubmissionOutcome(reason=reason))
             raise
         self._vardiff.on_submission(exponent, now)
         self._accepted += 1
         self._shares += verdict.is_share
         self._blocks += verdict.is_block
+        assert worker is not None, "a submission of nobody is refused"
+        self._desk.note(
+            worker,
+            SubmissionOutcome(
+                reason=None,
+                difficulty=float(difficulty_of_exponent(exponent)),
+                best=DIFFICULTY_1_TARGET / max(verdict.hash_value, 1),
+                is_share=verdict.is_share,
+                is_block=verdict.is_block,
+            ),
+        )
         return True
 
-    def _judge(self, params: list[object]) -> tuple[int, Verdict]:
+    def _judge(self, user: str, params: list[object]) -> tuple[int, Verdict]:
         if not self._subscribed:
             raise StratumError(NOT_SUBSCRIBED, "not subscribed")
-        if not self._workers:
-            raise StratumError(UNAUTHORIZED, "not authorized")
         if len(params) < 5:
             raise StratumError(OTHER, f"expected 5 or 6 parameters, got {len(params)}")
-        user, job_id, extranonce2 = _text(params[0])[:256], _text(params[1]), params[2]
+        job_id, extranonce2 = _text(params[1]), params[2]
         time, nonce = _hex_32_bits(params[3]), _hex_32_bits(params[4])
         version_bits = _hex_32_bits(params[5]) if len(params) > 5 and params[5] is not None else None
         if time is None or nonce is None or (version_bits is None and len(params) > 5 and params[5] is not None):
@@ -562,7 +456,7 @@ class Session:
             raise StratumError(OTHER, f"extranonce2: expected {2 * EXTRANONCE2_SIZE} hexadecimal digits")
         job = self._jobs.get(job_id)
         if job is None:
-            raise StratumError(STALE, "job not found")
+            raise StratumError(STALE, "job not found") if self._workers else _not_authorized(user)
         submission = Submission(
             worker=user,
             job_id=job.desk_job_id,
@@ -585,7 +479,7 @@ class Session:
         if len(job.seen) > MAX_SUBMISSIONS_REMEMBERED:
             del job.seen[next(iter(job.seen))]
         if user not in self._workers:
-            raise StratumError(UNAUTHORIZED, f"not authorized on this connection: {user}")
+            raise _not_authorized(user)
         if (verdict.stale or job.generation < self._generation) and not counts:
             raise StratumError(STALE, "stale")
         return job.exponent, verdict
@@ -625,6 +519,10 @@ _METHODS: Final[Mapping[str, Callable[[Session, list[object], float], object]]] 
     "mining.suggest_difficulty": Session._suggest_difficulty,
     "mining.suggest_target": Session._suggest_target,
 }
+
+
+def _not_authorized(user: str) -> StratumError:
+    return StratumError(UNAUTHORIZED, f"not authorized on this connection: {user}")
 
 
 def _encode_id(identity: object) -> str | None:

@@ -16,8 +16,8 @@ from p2pool.bitcoin_backend.template import assemble_block
 from p2pool.database import DataDirectory
 from p2pool.jobs import Candidate, Job, JobBook
 from p2pool.node import Node
-from p2pool.stratum.protocol import Submission, Verdict, Worker
 from p2pool.stratum.server import ServerSettings, open_listeners
+from p2pool.stratum.values import Submission, Verdict, Worker
 from p2pool.stratum.vardiff import VardiffSettings
 from sharechain import hasher
 from sharechain.chain import Sharechain

@@ -18,7 +18,7 @@ from p2pool.bench_template import allow_files, stratum_hash
 from p2pool.bitcoin_backend.jsonrpc import Endpoint
 from p2pool.bitcoin_backend.rpc import RpcBackend, connect_bitcoin
 from p2pool.errors import ConfigError
-from p2pool.stratum.protocol import Notify
+from p2pool.stratum.values import Notify
 
 
 @asynccontextmanager

@@ -21,6 +21,8 @@ import pytest
 from p2pool.cli import main
 from p2pool.database import DataDirectory
 from p2pool.report import EXPORT_FIELDS
+from p2pool.stratum.accounting import Accounting
+from p2pool.stratum.values import SubmissionOutcome
 from sharechain import __version__, hasher
 from sharechain.chain import Sharechain
 from sharechain.share import Share
@@ -68,6 +70,41 @@ def assert_clear(done: subprocess.CompletedProcess[str], code: int, *texts: str)
     assert done.stdout == ""
     for text in texts:
         assert text in done.stderr
+
+
+def fill_books(path: Path) -> None:
+    """What a node leaves of its miners."""
+    books = Accounting(time.time() - 3600)
+    for number in range(20):
+        outcome = SubmissionOutcome(reason=None, difficulty=1024.0, best=5e6, is_share=number == 5)
+        books.note(address="bc1qa", worker="rig1", outcome=outcome, now=time.time() - 100 + 5 * number)
+    for reason in ("stale", "duplicate", "low difficulty", "invalid share (R7)", "malformed"):
+        outcome = SubmissionOutcome(reason=reason)
+        books.note(address="bc1qb", worker="", outcome=outcome, now=time.time())
+    (path / "workers.json").write_bytes(b"".join(books.encode(time.time())))
+
+
+def test_workers_shows_what_miners_have_done(here: Call, tmp_path: Path) -> None:
+    fill_books(tmp_path)
+    shown = here("workers", "--data-dir", str(tmp_path))
+    assert shown.returncode == 0, shown.stderr
+    header, first, second = shown.stdout.splitlines()
+    assert header.split()[:6] == ["address", "worker", "1m", "10m", "1h", "24h"]
+    assert first.split()[:2] == ["bc1qa", "rig1"]
+    assert "GH/s" in first
+    assert second.split()[-10:-3] == ["1", "1", "1", "2", "0", "0", "0"]
+    told = json.loads(here("workers", "--data-dir", str(tmp_path), "--json").stdout)
+    assert [row["worker"] for row in told["workers"]] == ["rig1", ""]
+    assert told["addresses"][1]["rejected"]["invalid share (R7)"] == 1
+    assert told["totals"]["accepted"] == 20
+    one = json.loads(here("workers", "--data-dir", str(tmp_path), "--json", "--address", "bc1qb").stdout)
+    assert [row["address"] for row in one["workers"] + one["addresses"]] == ["bc1qb", "bc1qb"]
+
+
+def test_workers_without_books_or_with_damaged_ones_says_so(here: Call, tmp_path: Path) -> None:
+    assert_clear(here("workers", "--data-dir", str(tmp_path)), 1, "holds no books of miners")
+    (tmp_path / "workers.json").write_bytes(b"[]")
+    assert_clear(here("workers", "--data-dir", str(tmp_path)), 1, "workers.json is damaged")
 
 
 def fill(path: Path) -> list[Share]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,37 @@ VALUES: dict[str, tuple[object, str, str, tuple[object, object, object]]] = {
     "stratum_host": ("1.1.1.1", "::1", '"0.0.0.0"', ("1.1.1.1", "::1", "0.0.0.0")),
     "stratum_port": ("1", "2", "3", (1, 2, 3)),
     "vardiff_interval": ("1", "2.5", "3", (1.0, 2.5, 3.0)),
+    "start_difficulty": ("1", "0.5", "1e6", (1.0, 0.5, 1e6)),
+    "stratum_listen": (
+        ("[::]:1+0.5", "a:2"),
+        "0.0.0.0:3334+65536, a:2",
+        '["a:2"]',
+        ((("::", 1, 0.5), ("a", 2, None)), (("0.0.0.0", 3334, 65536.0), ("a", 2, None)), (("a", 2, None),)),
+    ),
+    "stratum_tls": (
+        ("/a/c.pem", "/a/k.pem"),
+        "/b/c.pem,/b/k.pem",
+        '["/c/c.pem", "/c/k.pem"]',
+        tuple((Path(f"/{name}/c.pem"), Path(f"/{name}/k.pem")) for name in "abc"),  # type: ignore[dict-item]
+    ),
+    "stratum_proxy": (
+        ("10.0.0.0/8", "::1"),
+        "10.0.0.0/8,::1",
+        '["192.0.2.1"]',
+        (
+            (ip_network("10.0.0.0/8"), ip_network("::1/128")),
+            (ip_network("10.0.0.0/8"), ip_network("::1/128")),
+            (ip_network("192.0.2.1/32"),),
+        ),
+    ),
+    "stratum_max_per_ip": ("1", "2", "3", (1, 2, 3)),
+    "payout_class": (
+        ("Antminer S19=47", "12"),
+        "x=y=146",
+        "367",
+        ((("Antminer S19", 47), ("", 12)), (("x=y", 146),), (("", 367),)),
+    ),
+    "shares_per_window": ("1", "2", "0", (1, 2, 0)),
     "peer": ((A, B), f"{A},{B}", f'["{B}"]', ((A, B), (A, B), (B,))),
     "p2p_host": ("1.1.1.1", "::1", '"127.0.0.1"', ("1.1.1.1", "::1", "127.0.0.1")),
     "p2p_port": ("1", "2", "3", (1, 2, 3)),
@@ -84,6 +116,13 @@ def test_the_defaults() -> None:
         stratum_host="127.0.0.1",
         stratum_port=3333,
         vardiff_interval=5.0,
+        start_difficulty=512.0,
+        stratum_listen=(),
+        stratum_tls=None,
+        stratum_proxy=(),
+        stratum_max_per_ip=5000,
+        payout_class=(),
+        shares_per_window=200,
         peer=(),
         p2p_host="0.0.0.0",
         p2p_port=9338,
@@ -119,6 +158,21 @@ def test_the_data_directory_follows_the_network_and_the_home_directory(
         ("stratum_port", "\N{SUPERSCRIPT TWO}"),
         ("stratum_port", ""),
         ("stratum_port", "9" * 5000),
+        ("start_difficulty", "0"),
+        ("start_difficulty", "nan"),
+        ("start_difficulty", "hard"),
+        ("stratum_listen", "3334"),
+        ("stratum_listen", ":3334"),
+        ("stratum_listen", "a:b"),
+        ("stratum_listen", "a:3334+x"),
+        ("stratum_listen", "a:0+5"),
+        ("stratum_tls", "only.pem"),
+        ("stratum_proxy", "balancer"),
+        ("stratum_proxy", "10.0.0.1/8"),
+        ("stratum_max_per_ip", "-1"),
+        ("payout_class", "S19"),
+        ("payout_class", "S19=many"),
+        ("shares_per_window", "1.5"),
         ("peer", "192.168.0.1:9338"),
         ("peer", "/ip4/8.8.8.8/tcp/9338"),
         ("max_inbound", "1001"),
@@ -154,6 +208,11 @@ def test_a_bad_value_is_refused_by_flag_and_by_variable(name: str, value: str) -
         ("vardiff_interval", "true"),
         ("vardiff_interval", '"x"'),
         ("vardiff_interval", "inf"),
+        ("start_difficulty", "true"),
+        ("stratum_listen", "3334"),
+        ("stratum_listen", "[3334]"),
+        ("stratum_tls", '["a", "b", "c"]'),
+        ("payout_class", "true"),
         ("log_level", "{}"),
         ("address", "5"),
         ("data_dir", "false"),

@@ -13,11 +13,22 @@ from hypothesis import strategies as st
 from p2pool.bitcoin_backend.kernel import KernelBackend
 from p2pool.bitcoin_backend.template import BlockTemplate, build_template
 from p2pool.errors import StratumError
-from p2pool.jobs import EXTRANONCE_SIZE, Candidate, Job, JobBook, build_job, next_work
+from p2pool.jobs import (
+    EXTRANONCE_SIZE,
+    Candidate,
+    Job,
+    JobBook,
+    Work,
+    build_job,
+    next_heaviness,
+    next_work,
+    shares_in_window,
+)
 from sharechain.chain import Accepted, Sharechain
 from sharechain.coinbase import build_coinbase
-from sharechain.difficulty import bits_to_target, work_of
+from sharechain.difficulty import DIFFICULTY_1_TARGET, bits_to_target, target_to_bits, work_of
 from sharechain.errors import InvalidShare
+from sharechain.params import NETWORKS
 from sharechain.payout import decode_outputs
 from sharechain.share import Share, decode_share, share_commitment
 from sharechain.validate import BlockFacts, hardest_target, median_time, next_max_bits
@@ -37,6 +48,7 @@ from tests.builders import (
 )
 from tests.p2pool.network import ANYBODY_SCRIPT, is_any_block, is_plain_share, mine_blocks, solve, spend
 
+MAINNET = NETWORKS["mainnet"]
 EXTRANONCES = st.binary(min_size=EXTRANONCE_SIZE, max_size=EXTRANONCE_SIZE)
 
 
@@ -303,6 +315,52 @@ def test_a_miner_that_asks_for_too_hard_a_share_gets_the_hardest_that_others_acc
     block = solve(book, job, lambda c: c.is_block and not c.is_share)
     assert block.is_block, "whatever a miner asks for"
     assert isinstance(chain.accept(solve(book, job, lambda c: c.is_share).share(), START_TIME + 1000), Accepted)
+
+
+def work_of_mainnet(share_difficulty: float, block_difficulty: float) -> Work:
+    chain = new_chain()
+    book = book_on(chain)
+    assert book.work is not None
+    bits = [target_to_bits(int(DIFFICULTY_1_TARGET / value)) for value in (share_difficulty, block_difficulty)]
+    return replace(book.work, max_bits=bits[0], bits=bits[1])
+
+
+def test_a_window_holds_four_blocks_of_work_or_a_week_of_shares() -> None:
+    assert shares_in_window(MAINNET, work_of_mainnet(1e6, 1e10)) == pytest.approx(40_000, rel=1e-3)
+    assert shares_in_window(MAINNET, work_of_mainnet(1e6, 1e14)) == 60_480
+
+
+@pytest.mark.parametrize(
+    ("part", "heaviness"), [(0.001, 1), (0.0033, 1), (0.0045, 2), (0.0066, 2), (0.01, 4), (0.1, 4), (1.0, 4), (0.0, 1)]
+)
+def test_a_miner_of_so_much_of_the_pool_gets_shares_so_much_heavier(part: float, heaviness: int) -> None:
+    """A window of 60,480 shares a week: up to 200 of a miner are as the chain asks; 800 are the end by R8."""
+    work = work_of_mainnet(1e6, 1e14)
+    pool = 1e6 * 2**32 / 10.0
+    got = next_heaviness(MAINNET, work, hash_rate=part * pool, shares_per_window=200)
+    assert got == heaviness
+    if part <= 0.0132:
+        assert part * 60_480 / got <= 200 * 1.25
+
+
+def test_heaviness_stays_while_a_rate_wavers_round_a_limit() -> None:
+    work = work_of_mainnet(1e6, 1e14)
+    rate_of_200 = 200 / 60_480 * 1e6 * 2**32 / 10.0
+
+    def heaviness(times: float, present: int) -> int:
+        return next_heaviness(MAINNET, work, hash_rate=times * rate_of_200, shares_per_window=200, present=present)
+
+    assert [heaviness(times, 1) for times in (0.5, 1.1, 1.2, 1.3)] == [1, 1, 1, 2]
+    assert [heaviness(times, 2) for times in (0.7, 0.9, 1.5, 2.4, 2.6)] == [1, 2, 2, 2, 4]
+    assert [heaviness(times, 4) for times in (1.5, 1.7, 4.0, 40.0)] == [2, 4, 4, 4]
+
+
+def test_on_a_small_chain_no_share_is_heavier() -> None:
+    chain = new_chain()
+    work = book_on(chain).work
+    assert work is not None
+    assert shares_in_window(PARAMS, work) < 200
+    assert next_heaviness(PARAMS, work, hash_rate=work_of(bits_to_target(work.max_bits)), shares_per_window=200) == 1
 
 
 def test_the_class_bounds_the_payouts_of_the_job() -> None:

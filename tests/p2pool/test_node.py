@@ -25,7 +25,9 @@ from p2pool.miner import Miner, mine
 from p2pool.node import Node
 from p2pool.report import VerifyReport, load_chain, verify_store
 from p2pool.stratum.server import open_listeners
+from p2pool.stratum.values import SubmissionOutcome
 from sharechain.chain import Unanchored
+from sharechain.difficulty import bits_to_target, target_to_bits
 from sharechain.errors import StoreError
 from sharechain.hasher import sha256d
 from sharechain.params import BLOCK_FALL
@@ -238,6 +240,65 @@ async def test_a_share_too_far_ahead_of_the_clock_is_refused_with_the_limit(tmp_
         assert node.chain.statistics().waiting == 0
         assert rig.submit(rig.find(time=START + limit)).is_share
         assert node.statistics().shares == 1
+
+
+async def test_what_miners_have_done_is_known_after_a_restart_and_told_in_the_status(tmp_path: Path) -> None:
+    clock = Clock()
+    async with running(tmp_path, clock=clock) as (node, _):
+        rig = Rig(node, options=".rig1")
+        node.note(rig.worker, SubmissionOutcome(reason=None, difficulty=0.5, best=2.0, is_share=True))
+        node.note(rig.worker, SubmissionOutcome(reason="stale"))
+        told = node._status(clock())["miners"]
+        assert (told["connections"], told["workers"], told["accepted"], told["rejected"]) == (0, 1, 1, {"stale": 1})
+        before = node._accounting.workers(clock())
+    clock.now += 60
+    async with running(tmp_path, clock=clock) as (node, _):
+        [row] = node._accounting.workers(clock())
+        assert (row["address"], row["worker"], row["accepted"], row["best"]) == (address(0), "rig1", 1, 2.0)
+        assert 0 < row["hash_rate_10m"] < before[0]["hash_rate_10m"]
+
+
+async def test_damaged_books_begin_anew_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with running(tmp_path):
+        pass
+    (tmp_path / "workers.json").write_bytes(b"{}")
+    async with running(tmp_path) as (node, _):
+        assert node._accounting.workers(START) == []
+    assert "workers.json is damaged" in caplog.text
+
+
+async def test_a_big_miner_gets_heavier_shares_and_may_ask_for_others(tmp_path: Path) -> None:
+    async with running(tmp_path) as (node, _):
+        big, small, chosen = Rig(node), Rig(node, 1), Rig(node, options="/1e-30")
+        easiest = small.job().share_target
+        assert big.job() is not small.job()
+        assert big.job().share_target == easiest
+        for _ in range(3):
+            node.note(big.worker, SubmissionOutcome(reason=None, difficulty=1e6))
+        node._renew_work(clean=False)
+        hardest = bits_to_target(target_to_bits(easiest // PARAMS.heaviest_share))
+        assert big.job().share_target == hardest
+        assert small.job().share_target == chosen.job().share_target == easiest
+        node._shares_per_window = 0
+        node._renew_work(clean=False)
+        assert big.job().share_target == easiest
+
+
+async def test_the_operators_payout_class_wins_over_the_table(tmp_path: Path) -> None:
+    async with running(tmp_path) as (node, _):
+        node._payout_classes = (("cpuminer", 12),)
+        assert Rig(node).worker.payout_class == 12
+
+
+def test_a_payout_class_that_the_chain_does_not_have_is_a_mistake_of_the_operator(tmp_path: Path) -> None:
+    directory = DataDirectory(tmp_path, PARAMS)
+    backend = KernelBackend.open(tmp_path / "bitcoin")
+    try:
+        with pytest.raises(ConfigError, match=r"--payout-class: one of .* is needed, got 13"):
+            Node(directory=directory, params=PARAMS, backend=backend, payout_classes=(("", 13),))
+    finally:
+        trio.run(backend.aclose)
+        directory.close()
 
 
 async def test_a_job_of_before_a_restart_is_unknown(tmp_path: Path) -> None:
@@ -606,7 +667,8 @@ async def test_a_user_name_that_cannot_be_paid_is_refused_with_the_reason(tmp_pa
 async def test_the_default_address_is_paid_for_names_but_never_for_a_mistyped_address(tmp_path: Path) -> None:
     async with running(tmp_path, default_address=address(3)) as (node, _):
         worker = node.authorize(user="rig1", password="x", user_agent="")
-        assert worker.payout_script == miner_script(3)
+        assert (worker.payout_script, worker.name, worker.address) == (miner_script(3), "rig1", address(3))
+        assert node.authorize(user="rig1.2+64", password="x", user_agent="").name == "rig1.2"
         named = node.authorize(user=address(1) + ".rig1", password="x", user_agent="")
         assert (named.payout_script, named.name) == (miner_script(1), "rig1")
         with pytest.raises(StratumError, match="checksum"):

@@ -10,6 +10,7 @@ import json
 import struct
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -23,12 +24,9 @@ from p2pool.stratum.protocol import (
     MAX_LINE_BYTES,
     MAX_SUBMISSIONS_REMEMBERED,
     MAX_WORKERS,
-    Notify,
     Session,
-    Submission,
-    Verdict,
-    Worker,
 )
+from p2pool.stratum.values import Notify, Submission, SubmissionOutcome, Verdict, Worker
 from p2pool.stratum.vardiff import VardiffSettings, target_of_difficulty, target_of_exponent
 
 CLASSES = (12, 47, 146, 367)
@@ -59,6 +57,7 @@ class ToyDesk:
         self.jobs: dict[str, Notify] = {}
         self.judged: list[tuple[Submission, Verdict]] = []
         self.authorized: list[tuple[str, str, str]] = []
+        self.noted: list[tuple[Worker, SubmissionOutcome]] = []
 
     def new_template(self) -> None:
         self.template = (self.template or 0) + 1
@@ -75,6 +74,7 @@ class ToyDesk:
         return Worker(
             user=user,
             name=options.worker_name,
+            address=options.address,
             payout_script=options.address.encode(),
             payout_class=payout_class_for(user_agent, CLASSES),
             session_difficulty=options.session_difficulty,
@@ -99,6 +99,9 @@ class ToyDesk:
                 block_target=self.block_target,
             )
         return self.jobs[job_id]
+
+    def note(self, worker: Worker, outcome: SubmissionOutcome) -> None:
+        self.noted.append((worker, outcome))
 
     def judge(self, worker: Worker, submission: Submission) -> Verdict:
         job = self.jobs.get(submission.job_id)
@@ -569,6 +572,7 @@ def test_an_extranonce1_of_another_size_is_our_mistake() -> None:
         ("addr+0", "", ("addr", "", None, None)),
         ("addr.a/b", "", ("addr", "a/b", None, None)),
         (" addr ", "", ("addr", "", None, None)),
+        ("addr.\x1b[2J\n", "", ("addr", "?[2J?", None, None)),
         ("rig1", "x", ("rig1", "", None, None)),
         ("", "", ("", "", None, None)),
     ],
@@ -604,16 +608,26 @@ def test_an_authorize_without_a_user_is_error_24() -> None:
 
 def test_several_authorizes_are_each_answered_and_one_refusal_hurts_nobody_else() -> None:
     talk = Talk().start()
-    assert methods(talk.say("mining.authorize", "bcrt1qother", "x")) == ["reply"]
+    other = "bcrt1qminer.rig2"
+    assert methods(talk.say("mining.authorize", other, "x")) == ["reply"]
     assert code_of(talk.ask("mining.authorize", "elsewhere", "x")) == 24
     assert talk.ask("mining.authorize", USER, "x")["result"] is True
-    assert talk.submit(talk.mine(), user="bcrt1qother")["result"] is True
+    assert talk.submit(talk.mine(), user=other)["result"] is True
     assert code_of(talk.submit(talk.mine(start=100_000), user="elsewhere")) == 24
+
+
+def test_a_user_with_another_address_is_refused_as_its_work_would_be_paid_to_the_first() -> None:
+    talk = Talk().start()
+    answer = talk.ask("mining.authorize", "bcrt1qother.rig", "x")
+    assert code_of(answer) == 24
+    assert answer["error"][1] == "this connection mines for bcrt1qminer: open another one for bcrt1qother"
+    assert code_of(talk.submit(talk.mine(), user="bcrt1qother.rig")) == 24
+    assert talk.ask("mining.authorize", USER, "again")["result"] is True
 
 
 def test_there_is_an_end_to_user_names_on_one_connection() -> None:
     talk = Talk()
-    codes = [code_of(talk.ask("mining.authorize", f"bcrt1q{i}", "x")) for i in range(MAX_WORKERS + 1)]
+    codes = [code_of(talk.ask("mining.authorize", f"bcrt1qminer.{i}", "x")) for i in range(MAX_WORKERS + 1)]
     assert codes == [None] * MAX_WORKERS + [24]
 
 
@@ -654,16 +668,39 @@ def test_the_payout_class_follows_the_coinbase_that_the_firmware_takes(agent: st
 
 def test_the_payout_class_is_one_of_those_that_the_chain_has() -> None:
     assert payout_class_for("bitaxe", (12, 100)) == 100
-    assert payout_class_for("bitaxe", (500, 200)) == 200
     assert payout_class_for("p2pool-cpuminer/1", (12, 1000, 47)) == 1000
     assert payout_class_for("cpuminer/2.5.1", (12, 1000, 47)) == 47
 
 
-@pytest.mark.parametrize("agent", ["NiceHash/1.0.0", "NerdMinerV2/1.6.1"])
-def test_what_fits_no_class_is_refused_with_a_text_that_says_so(agent: str) -> None:
-    with pytest.raises(StratumError, match="cannot mine here") as caught:
+def test_the_operator_knows_better_than_the_table() -> None:
+    overrides = (("My Rig", 47), ("nerdminer", 12))
+    assert payout_class_for("my rig/2", CLASSES, overrides) == 47
+    assert payout_class_for("NerdMinerV2/1.6.1", CLASSES, overrides) == 12
+    assert payout_class_for("bitaxe/1", CLASSES, overrides) == 146
+    assert payout_class_for("bitaxe/1", CLASSES, (("", 367),)) == 367
+
+
+@pytest.mark.parametrize(
+    ("agent", "text"),
+    [
+        (
+            "NiceHash/1.0.0",
+            "NiceHash cannot mine here: it takes a coinbase of 500 bytes, and ours pays every miner in at least 716: "
+            "a larger one, or one that is long before the extranonce, is refused",
+        ),
+        (
+            "NerdMinerV2/1.6.1",
+            "NerdMiner cannot mine here: it takes a coinbase of 255 bytes, and ours pays every miner in at least 716: "
+            "a larger one is cut, which makes every share wrong",
+        ),
+    ],
+)
+def test_what_fits_no_class_is_refused_with_a_text_that_says_so(agent: str, text: str) -> None:
+    with pytest.raises(StratumError) as caught:
         payout_class_for(agent, CLASSES)
-    assert caught.value.code == 24
+    assert (caught.value.code, caught.value.message) == (24, text)
+    with pytest.raises(StratumError, match="this firmware cannot mine here: it takes a coinbase of 755 bytes"):
+        payout_class_for("anything", (47, 146))
     talk = Talk()
     talk.say("mining.subscribe", agent)
     assert code_of(talk.ask("mining.authorize", USER, "x")) == 24
@@ -730,7 +767,7 @@ def test_a_user_may_fix_the_difficulty() -> None:
     talk = Talk().start(user=f"{USER}+{2.0**-27}")
     assert talk.difficulty == 2.0**-27
     talk.now += 1000
-    assert talk.session.on_tick(talk.now) == b""
+    assert methods(talk.hear(talk.session.on_tick(talk.now))) == ["mining.notify"]
 
 
 @pytest.mark.parametrize("value", [2.0**-26, f"{2.0**-26}", 2.0**-25 * 0.99])
@@ -1048,7 +1085,68 @@ def test_jobs_are_remembered_for_long_and_then_forgotten() -> None:
     assert code_of(talk.submit(nonce, notify=first)) == 21
 
 
+def test_a_submission_between_coming_back_and_authorizing_is_judged_and_then_refused() -> None:
+    desk = ToyDesk()
+    lost = Talk(desk).start()
+    old, nonce = lost.notify, lost.mine(above=-1, at_most=BLOCK)
+    lost.session.on_close()
+    back = Talk(desk, session_id="new", extranonce1=b"news", resume={SESSION_ID: lost.session}.get)
+    back.say("mining.subscribe", "cgminer/4.11.1", SESSION_ID)
+    assert code_of(back.submit(nonce, notify=old)) == 24
+    assert desk.judged[-1][1].is_block
+
+
 # The other methods
+
+
+def test_a_silent_pool_sends_the_job_in_hand_again_under_a_fresh_id() -> None:
+    talk = Talk().start(user=f"{USER}+{2.0**-28}")
+    heard = [(talk.now, talk.notify[0])]
+    for _ in range(120):
+        talk.now += 1.0
+        assert methods(talk.say("mining.ping")) == ["reply"]
+        if data := talk.session.on_tick(talk.now):
+            assert methods(talk.hear(data)) == ["mining.notify"]
+            heard.append((talk.now, talk.notify[0]))
+            assert talk.notify[8] is False
+    assert len({job_id for _, job_id in heard}) == len(heard) == 5
+    assert max(later - earlier for (earlier, _), (later, _) in pairwise(heard)) <= 30
+
+
+def test_a_miner_that_says_what_it_is_is_not_asked() -> None:
+    assert "client.get_version" not in methods(Talk().say("mining.subscribe", "x") + Talk().start().say("mining.ping"))
+
+
+def test_a_miner_that_does_not_say_what_it_is_is_asked_once_behind_its_first_job() -> None:
+    talk = Talk()
+    talk.say("mining.subscribe")
+    opening = talk.say("mining.authorize", USER, "x")
+    assert methods(opening) == ["reply", "mining.set_difficulty", "mining.notify", "client.get_version"]
+    assert opening[3] == {"id": "p2pool-version", "method": "client.get_version", "params": []}
+    assert methods(talk.say("mining.ping")) == ["reply"]
+    answer = b'{"id":"p2pool-version","result":"cgminer/4.11.1","error":null}\n'
+    assert methods(talk.raw(answer)) == ["mining.notify"]
+    assert talk.desk.authorized[-1] == (USER, "x", "cgminer/4.11.1")
+    assert talk.raw(answer) == []
+
+
+@pytest.mark.parametrize(
+    "answer", [b'{"id":"p2pool-version","result":null,"error":[20,"no",null]}', b'{"id":9,"result":"x"}']
+)
+def test_a_miner_that_will_not_say_stays_unknown(answer: bytes) -> None:
+    talk = Talk()
+    talk.say("mining.subscribe")
+    talk.say("mining.authorize", USER, "x")
+    assert talk.raw(answer + b"\n") == []
+    assert talk.session.closing is None
+
+
+def test_a_miner_that_turns_out_not_to_fit_is_closed() -> None:
+    talk = Talk()
+    talk.say("mining.subscribe")
+    talk.say("mining.authorize", USER, "x")
+    assert talk.raw(b'{"id":"p2pool-version","result":"NiceHash/1.0","error":null}\n') == []
+    assert "NiceHash cannot mine here" in (talk.session.closing or "")
 
 
 def test_the_small_methods() -> None:
@@ -1101,6 +1199,21 @@ def test_a_session_that_had_no_job_is_not_worth_coming_back_to() -> None:
 
 
 # Statistics
+
+
+def test_each_outcome_is_noted_for_the_worker_that_the_miner_named() -> None:
+    talk = Talk().start()
+    talk.ask("mining.authorize", "bcrt1qminer.rig2", "x")
+    share = talk.mine()
+    talk.submit(share, user="bcrt1qminer.rig2")
+    talk.submit(share)
+    talk.submit(share, user="unheard-of")
+    [accepted, duplicate, unknown] = talk.desk.noted
+    assert (accepted[0].name, accepted[0].address) == ("rig2", "bcrt1qminer")
+    assert (accepted[1].reason, accepted[1].difficulty, accepted[1].is_share) == (None, 2.0**-28, True)
+    assert 2.0**-24 <= accepted[1].best < 2.0**-20
+    assert (duplicate[0].name, duplicate[1]) == ("rig1", SubmissionOutcome(reason="duplicate"))
+    assert (unknown[0].name, unknown[1]) == ("rig1", SubmissionOutcome(reason="duplicate"))
 
 
 def test_statistics_count_every_outcome_by_its_name() -> None:
@@ -1170,6 +1283,46 @@ def test_the_opening_of_bfgminer_with_ids_of_strings_and_null() -> None:
 
 
 # Properties
+
+OPENING = (
+    b'{"id":1,"method":"mining.configure","params":[["version-rolling"],{"version-rolling.mask":"ffffffff"}]}\n'
+    b'{"id":2,"method":"mining.subscribe","params":["cgminer/4.11.1","deadbeef"]}\r\n'
+    b'{"id":3,"method":"mining.authorize","params":["bcrt1qminer.rig1","d=0.5"]}\n'
+    b'{"id":4,"method":"mining.submit","params":["bcrt1qminer.rig1","1","0000000000000000","6553f100","00000001"]}\n'
+)
+
+
+@pytest.mark.slow
+@given(
+    st.lists(st.tuples(st.integers(0, len(OPENING) - 1), st.binary(max_size=3)), max_size=4),
+    st.lists(st.integers(0, len(OPENING)), max_size=6),
+)
+def test_a_damaged_opening_split_anywhere_is_answered_or_closed(
+    damage: list[tuple[int, bytes]], cuts: list[int]
+) -> None:
+    data = bytearray(OPENING)
+    for place, junk in damage:
+        data[place : place + len(junk)] = junk
+    whole, split = Talk(), Talk()
+    answer = whole.session.receive(bytes(data), 2000.0)
+    edges = [0, *sorted(cuts), len(data)]
+    pieces = [bytes(data[a:b]) for a, b in pairwise(edges)]
+    assert answer == b"".join(split.session.receive(piece, 2000.0) for piece in pieces)
+    assert answer or whole.session.closing
+    for step in (whole.session.on_tick(2100.0), whole.session.on_new_work(True, 2100.0)):
+        assert all(isinstance(json.loads(line), dict) for line in step.splitlines())
+
+
+@pytest.mark.slow
+@given(st.binary(max_size=300), st.lists(st.integers(0, 300), max_size=4))
+def test_arbitrary_bytes_split_anywhere_give_a_reply_or_a_close(data: bytes, cuts: list[int]) -> None:
+    whole, split = Talk(), Talk()
+    answer = whole.session.receive(data, 2000.0)
+    edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
+    pieces = [data[a:b] for a, b in pairwise(edges)]
+    assert answer == b"".join(split.session.receive(piece, 2000.0) for piece in pieces)
+    assert whole.session.closing == split.session.closing
+
 
 lines = st.one_of(
     st.binary(max_size=60),

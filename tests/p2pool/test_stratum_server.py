@@ -17,8 +17,8 @@ import trio
 from trio.testing import MockClock
 
 from p2pool.errors import ConfigError
-from p2pool.stratum.protocol import Submission, Verdict, Worker
 from p2pool.stratum.server import ServerSettings, StratumServer, open_listeners, serve
+from p2pool.stratum.values import Submission, Verdict, Worker
 from tests.p2pool.test_stratum_protocol import SHARE, USER, VARDIFF, ToyDesk, find_nonce
 
 Message = dict[str, Any]
