@@ -108,17 +108,43 @@ class ScanResult:
     """The number of nonces tried, the found one included."""
 
 
-def scan_nonces(header: bytes, start: int, count: int, target: int, stop: StopFlag | None = None) -> ScanResult:
+def kernels() -> list[str]:
+    """The names of the kernels that this processor can run, fastest first; "python" alone is the twin's.
+
+    A kernel is the code that hashes, made for some processors: "avx512", "sha-ni", "avx2" (x86), "sha2" (ARM),
+    "portable" (all).
+    """
+    return [IMPLEMENTATION]
+
+
+def kernel() -> str:
+    """The name of the kernel in use: the fastest, unless `use_kernel` was called."""
+    return IMPLEMENTATION
+
+
+def use_kernel(name: str) -> None:
+    """Makes this kernel the one in use, for the whole process.
+
+    Raises `ValueError`, saying which there are, for another name than those of `kernels`.
+    """
+    _require_kernel(name)
+
+
+def scan_nonces(
+    header: bytes, start: int, count: int, target: int, stop: StopFlag | None = None, kernel: str | None = None
+) -> ScanResult:
     """Mines: tries the nonces `start` to `start + count - 1` in order and ends at the first that meets the target.
 
     `header` is 80 bytes, of which the last four, the nonce, are ignored; `target` is in 0..2^256 - 1. `stop` is
-    looked at before the first hash and after each 2^14.
+    looked at before the first hash and after each 2^14. `kernel` is one of `kernels`, None for the one in use.
 
-    Raises `ValueError` for a header of another length and for nonces outside 0..2^32 - 1, `OverflowError` for a
-    target out of range.
+    Raises `ValueError` for a header of another length, for nonces outside 0..2^32 - 1 and for a kernel that is not
+    there, `OverflowError` for a target out of range.
 
     Source: ours; Bitcoin Core's `GenerateBlock` is the same loop.
     """
+    if kernel is not None:
+        _require_kernel(kernel)
     _require_header(header)
     _require_target(target)
     if start < 0 or count < 0 or start + count > NONCES:
@@ -341,6 +367,11 @@ def _least_in_stretch(
         return least
     room = payout_class - exact
     return max(least, pool // (room + 1) + 1) if room else None
+
+
+def _require_kernel(name: str) -> None:
+    if name != IMPLEMENTATION:
+        raise ValueError(f'this processor has the kernels {IMPLEMENTATION}, got "{name}"')
 
 
 def _require_header(header: bytes) -> None:

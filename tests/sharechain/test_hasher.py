@@ -99,6 +99,16 @@ def caught(call: Callable[[], object]) -> tuple[type[Exception], str] | None:
 # Which implementation
 
 
+def load_anew() -> ModuleType:
+    """The package as if it were imported for the first time."""
+    spec = importlib.util.spec_from_file_location("loaded_anew", picked.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_extension_is_picked_when_it_is_there() -> None:
     assert picked.IMPLEMENTATION == native.IMPLEMENTATION == "rust"
     assert picked.WeightTable is native.WeightTable
@@ -107,11 +117,8 @@ def test_extension_is_picked_when_it_is_there() -> None:
 def test_twin_is_picked_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sharechain._native", None)
     monkeypatch.delattr(sharechain, "_native")
-    spec = importlib.util.spec_from_file_location("without_extension", picked.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    monkeypatch.delenv("P2POOL_HASHER", raising=False)
+    module = load_anew()
     assert module.IMPLEMENTATION == "python"
     assert all(getattr(module, name) is getattr(twin, name) for name in picked.__all__)
 
@@ -261,6 +268,88 @@ def test_stop_flag_ends_a_scan_from_another_thread(hasher: ModuleType) -> None:
     assert results[0].hashes < 2**32
     assert results[0].hashes % 2**14 == 0
     assert hasher.scan_nonces(GENESIS, 0, 10, MAX_TARGET, stop) == hasher.ScanResult(nonce=None, hashes=0)
+
+
+# Kernels
+
+
+def test_kernels_have_names_and_the_first_is_in_use() -> None:
+    assert native.kernels()[-1] == "portable"
+    assert native.kernel() in native.kernels()
+    assert (twin.kernel(), twin.kernels()) == ("python", ["python"])
+
+
+@both
+def test_a_kernel_that_is_not_there_is_a_clear_error(hasher: ModuleType) -> None:
+    expected = f'^this processor has the kernels {", ".join(hasher.kernels())}, got "abacus"$'
+    calls: list[Callable[[], object]] = [
+        lambda: hasher.use_kernel("abacus"),
+        lambda: hasher.scan_nonces(GENESIS, 0, 1, 0, kernel="abacus"),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=expected):
+            call()
+
+
+@pytest.mark.parametrize("kernel", native.kernels())
+def test_any_kernel_can_be_made_the_one_in_use(kernel: str) -> None:
+    before = native.kernel()
+    try:
+        native.use_kernel(kernel)
+        assert native.kernel() == kernel
+        assert native.check_headers([GENESIS] * 40, [GENESIS_TARGET] * 39 + [1]) == [True] * 39 + [False]
+        assert native.scan_nonces(GENESIS, GENESIS_NONCE - 20, 40, GENESIS_TARGET).nonce == GENESIS_NONCE
+    finally:
+        native.use_kernel(before)
+
+
+@pytest.mark.parametrize("kernel", native.kernels())
+def test_every_kernel_finds_genesis_in_every_lane_and_at_the_ends_of_a_range(kernel: str) -> None:
+    for before in range(33):
+        start = GENESIS_NONCE - before
+        result = native.scan_nonces(GENESIS, start, before + 1, GENESIS_TARGET, kernel=kernel)
+        assert result == native.ScanResult(nonce=GENESIS_NONCE, hashes=before + 1)
+        assert native.scan_nonces(GENESIS, start, before, GENESIS_TARGET, kernel=kernel).nonce is None
+        assert native.scan_nonces(GENESIS, GENESIS_NONCE + 1, before, GENESIS_TARGET, kernel=kernel).nonce is None
+
+
+@pytest.mark.parametrize("kernel", native.kernels())
+@few
+@given(
+    st.one_of(headers, st.sampled_from([bytes(80), b"\xff" * 80])),
+    st.one_of(st.integers(0, 2**32 - 100), st.just(2**32 - 100)),
+    st.integers(0, 100),
+    st.sampled_from([1, 2, 10, 40, 10**6]),
+)
+def test_every_kernel_scans_as_the_twin(kernel: str, header: bytes, start: int, count: int, difficulty: int) -> None:
+    target = MAX_TARGET // difficulty
+    ours = native.scan_nonces(header, start, count, target, kernel=kernel)
+    theirs = twin.scan_nonces(header, start, count, target)
+    assert (ours.nonce, ours.hashes) == (theirs.nonce, theirs.hashes)
+
+
+@pytest.mark.parametrize("wanted", ["python", "portable", "abacus"])
+def test_the_environment_chooses_the_kernel(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = native.kernel()
+    monkeypatch.setenv("P2POOL_HASHER", wanted)
+    try:
+        if wanted == "abacus":
+            with pytest.raises(
+                ImportError, match=r'^P2POOL_HASHER: this processor has .*portable, got "abacus"; python'
+            ):
+                load_anew()
+        else:
+            assert load_anew().kernel() == wanted
+    finally:
+        native.use_kernel(before)
+
+
+def test_a_kernel_asked_for_without_the_extension_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("P2POOL_HASHER", "avx2")
+    monkeypatch.setitem(sys.modules, "sharechain._native", None)
+    monkeypatch.delattr(sharechain, "_native")
+    with pytest.raises(ImportError, match="P2POOL_HASHER=avx2 needs the native extension, which is not built"):
+        load_anew()
 
 
 # The weight table

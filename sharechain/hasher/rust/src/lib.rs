@@ -8,6 +8,7 @@
 mod buckets;
 mod draw;
 mod headers;
+mod kernels;
 #[cfg(feature = "python")]
 mod python;
 mod sha256;

@@ -1,6 +1,7 @@
 //! The Python bindings of `sharechain._native`. No Python type is used in any other file.
 //!
 //! `sharechain/hasher/__init__.py` documents the interface and `sharechain/hasher/twin.py` is its reference.
+use crate::sha256::Engine;
 use crate::{draw, headers, sha256, weights};
 use pyo3::exceptions::{PyOverflowError, PyValueError};
 use pyo3::intern;
@@ -167,7 +168,36 @@ impl ScanResult {
 }
 
 #[pyfunction]
-#[pyo3(signature = (header, start, count, target, stop=None))]
+fn kernels() -> Vec<&'static str> {
+    Engine::available().into_iter().map(Engine::name).collect()
+}
+
+#[pyfunction]
+fn kernel() -> &'static str {
+    Engine::current().name()
+}
+
+#[pyfunction]
+fn use_kernel(name: &str) -> PyResult<()> {
+    engine_of(Some(name))?.set_current();
+    Ok(())
+}
+
+/// The engine of this name, or the one in use.
+fn engine_of(name: Option<&str>) -> PyResult<Engine> {
+    let Some(name) = name else {
+        return Ok(Engine::current());
+    };
+    Engine::named(name).ok_or_else(|| {
+        PyValueError::new_err(format!(
+            "this processor has the kernels {}, got {name:?}",
+            kernels().join(", ")
+        ))
+    })
+}
+
+#[pyfunction]
+#[pyo3(signature = (header, start, count, target, stop=None, kernel=None))]
 fn scan_nonces(
     py: Python<'_>,
     header: &[u8],
@@ -175,7 +205,9 @@ fn scan_nonces(
     count: &Bound<'_, PyInt>,
     target: &Bound<'_, PyInt>,
     stop: Option<&Bound<'_, StopFlag>>,
+    kernel: Option<&str>,
 ) -> PyResult<ScanResult> {
+    let engine = engine_of(kernel)?;
     let header = header_of(header)?;
     let target = target_of(target)?;
     let (start, count) = match (start.extract::<u64>(), count.extract::<u64>()) {
@@ -188,7 +220,7 @@ fn scan_nonces(
     };
     let stop = stop.map(|flag| flag.get().0.clone());
     let (nonce, hashes) =
-        py.detach(|| headers::scan_nonces(&header, start, count, &target, stop.as_deref()));
+        py.detach(|| headers::scan_nonces(engine, &header, start, count, &target, stop.as_deref()));
     Ok(ScanResult { nonce, hashes })
 }
 
@@ -331,7 +363,7 @@ mod _native {
     const IMPLEMENTATION: &str = "rust";
     #[pymodule_export]
     use super::{
-        Draw, ScanResult, StopFlag, WeightTable, check_headers, fold_merkle, meets_target,
-        scan_nonces, sha256d,
+        Draw, ScanResult, StopFlag, WeightTable, check_headers, fold_merkle, kernel, kernels,
+        meets_target, scan_nonces, sha256d, use_kernel,
     };
 }
