@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -52,9 +51,11 @@ START_TIME: Final = 1_700_000_000
 Row = dict[str, Any]
 
 
-def run_bench(name: str, *, quick: bool) -> Iterator[Row]:
-    """Run one of ``BENCHES``, row by row."""
-    for row in BENCHES[name](quick):
+def run_bench(name: str, *, quick: bool, against: str | None = None) -> Iterator[Row]:
+    """Run one of ``BENCHES``, row by row. ``against``, with "hasher": a command to compare with."""
+    from p2pool.bench_hasher import bench_hasher
+
+    for row in BENCHES[name](quick) if against is None else bench_hasher(quick, against):
         yield {"bench": name, **row}
 
 
@@ -344,22 +345,10 @@ def _bench_store(quick: bool) -> Iterator[Row]:
 
 
 def _bench_hasher(quick: bool) -> Iterator[Row]:
-    """Double SHA-256 and the nonce scan, against hashlib and the Python twin."""
-    header = bytes(80)
-    count = 1 << (18 if quick else 23)
-    start = time.perf_counter()
-    hasher.scan_nonces(header, 0, count, 0)
-    yield make_row("one thread", f"scan ({hasher.IMPLEMENTATION})", count / (time.perf_counter() - start) / 1e6, "MH/s")
-    start = time.perf_counter()
-    twin.scan_nonces(header, 0, 1 << 16, 0)
-    yield make_row(
-        "one thread, reference: Python twin", "scan", (1 << 16) / (time.perf_counter() - start) / 1e6, "MH/s"
-    )
-    for size in (80, 750, 16_000):
-        data = bytes(size)
-        yield make_row(f"{size} bytes", "sha256d", _best_us(partial(hasher.sha256d, data)), "us")
-        reference = _best_us(partial(twin.sha256d, data))
-        yield make_row(f"{size} bytes, reference: hashlib", "sha256d", reference, "us")
+    """The nonce scan by kernel, hashes and checks."""
+    from p2pool.bench_hasher import bench_hasher
+
+    yield from bench_hasher(quick)
 
 
 def _bench_sync(quick: bool) -> Iterator[Row]:

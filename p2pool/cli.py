@@ -367,8 +367,9 @@ def export(config_file: Path | None, form: str, **flags: str | None) -> None:
 @cli.command()
 @click.argument("name", metavar="NAME")
 @click.option("--quick", is_flag=True, help="A tenth of the size: to see that it runs.")
+@click.option("--against", metavar="COMMAND", help="With hasher: a miner's benchmark command, run in turns with ours.")
 @_json_option
-def bench(name: str, quick: bool, as_json: bool) -> None:
+def bench(name: str, quick: bool, against: str | None, as_json: bool) -> None:
     """Measure: accept, payout, store or hasher; `all` for all.
 
     Each result is a row of bench, case, metric, value and unit; what it is compared with is a row of the same run.
@@ -378,9 +379,11 @@ def bench(name: str, quick: bool, as_json: bool) -> None:
     names = list(BENCHES) if name == "all" else [name]
     if name != "all" and name not in BENCHES:
         raise click.BadParameter(f"one of {', '.join(BENCHES)}, all is needed, got {name!r}", param_hint="NAME")
+    if against is not None and names != ["hasher"]:
+        raise click.BadParameter("only bench hasher compares with a command", param_hint="--against")
     rows = []
     for one in names:
-        for row in run_bench(one, quick=quick):
+        for row in run_bench(one, quick=quick, against=against):
             rows.append(row)
             if as_json:
                 click.echo(json.dumps(row))

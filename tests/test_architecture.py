@@ -40,6 +40,7 @@ WORLD |= {"socket", "ssl", "subprocess", "tempfile", "threading", "time", "trio"
 IO_FILES = {
     *(
         "bench",
+        "bench_hasher",
         "bench_network",
         "blocks",
         "cli",
