@@ -10,7 +10,8 @@ All hashes are 32 bytes in internal order, read as little-endian numbers. Target
 
 - `sha256d`, `meets_target`, `check_headers`, `fold_merkle`: hashes and proof of work.
 - `kernels`, `kernel`, `use_kernel`: the code that the processor runs.
-- `scan_nonces` with `StopFlag` and `ScanResult`: the CPU miner's loop.
+- `scan_nonces` with `StopFlag` and `ScanResult`: the nonces of one header.
+- `Scanner` with `Find`: threads that scan for a miner, job after job.
 - `WeightTable` with `Draw`: the weights of the PPLNS window and the payouts drawn from them.
 """
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from sharechain._native import (
         IMPLEMENTATION,
         Draw,
+        Find,
+        Scanner,
         ScanResult,
         StopFlag,
         WeightTable,
@@ -52,6 +55,8 @@ else:
 
     IMPLEMENTATION = _picked.IMPLEMENTATION
     Draw = _picked.Draw
+    Find = _picked.Find
+    Scanner = _picked.Scanner
     ScanResult = _picked.ScanResult
     StopFlag = _picked.StopFlag
     WeightTable = _picked.WeightTable
@@ -67,7 +72,9 @@ else:
 __all__ = [
     "IMPLEMENTATION",
     "Draw",
+    "Find",
     "ScanResult",
+    "Scanner",
     "StopFlag",
     "WeightTable",
     "check_headers",

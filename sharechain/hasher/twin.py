@@ -6,7 +6,8 @@ return equal values and raise the same exceptions. The documentation of the inte
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sharechain.tagged import tagged_hash
@@ -159,6 +160,144 @@ def scan_nonces(
         if int.from_bytes(hashlib.sha256(inner.digest()).digest(), "little") <= target:
             return ScanResult(nonce=start + done, hashes=done + 1)
     return ScanResult(nonce=None, hashes=count)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Find:
+    """A header that meets its job's target."""
+
+    tag: int
+    """Of the job."""
+    extranonce: bytes
+    """What was put between the coinbase's prefix and suffix."""
+    version: int
+    time: int
+    nonce: int
+
+
+class Scanner:
+    """Threads that scan for a miner: from a job with room for an extranonce to headers, without end.
+
+    Each thread takes an extranonce that no other has and goes through the versions that may be rolled, and for each
+    through the nonces. Extranonces go on from job to job: two jobs that are equal do not mean the same headers. A new
+    job ends the work on the old one after at most 2^14 hashes of each thread.
+
+    The extension's threads work on their own, without the interpreter lock, and wait when 64 finds were not fetched.
+    The twin has no threads: it hashes in `wait`, up to 2^14 nonces, whatever the patience.
+
+    Mutable fields: `_work`, the headers left of the job in hand as a generator that yields what it found after some
+    hashes, None without a job; `_time`, the header time; `_extranonce`, the next number; `_hashes`.
+    """
+
+    def __init__(self, threads: int, kernel: str | None = None) -> None:
+        """`threads` is at least 1; `kernel` is one of `kernels`, None for the one in use.
+
+        Raises `ValueError` for no threads and for a kernel that is not there.
+        """
+        if threads == 0:
+            raise ValueError("a scanner has threads, got 0")
+        if kernel is not None:
+            _require_kernel(kernel)
+        self._work: Iterator[Find | None] | None = None
+        self._time = 0
+        self._extranonce = 0
+        self._hashes = 0
+
+    def start(
+        self,
+        *,
+        tag: int,
+        prefix: bytes,
+        extranonce_size: int,
+        suffix: bytes,
+        branch: Sequence[bytes],
+        version: int,
+        version_mask: int = 0,
+        previous_block_hash: bytes,
+        time: int,
+        bits: int,
+        target: int,
+        nonces: int = NONCES,
+    ) -> None:
+        """Gives all threads another job, at once.
+
+        `tag` comes back with what is found. The coinbase is `prefix`, an extranonce of `extranonce_size` bytes (of
+        which the last eight are counted up, big-endian), `suffix`; `branch` is its merkle branch. `version` with the
+        bits of `version_mask` in all ways, `previous_block_hash`, `time`, `bits` make the header; the first `nonces`
+        nonces of each are tried. `target` is what the hash must not exceed.
+
+        Raises `ValueError` for a hash that has not 32 bytes and for too many nonces, `OverflowError` for a target
+        out of range.
+        """
+        if nonces > NONCES:
+            raise ValueError(f"a header has 2^32 nonces, got {nonces}")
+        for node in (*branch, previous_block_hash):
+            if len(node) != HASH_BYTES:
+                raise ValueError(f"a hash has {HASH_BYTES} bytes, got {len(node)}")
+        _require_target(target)
+        self._time = time
+
+        def headers() -> Iterator[Find | None]:
+            for _ in range(256**extranonce_size):
+                extranonce = (self._extranonce % 256 ** min(extranonce_size, 8)).to_bytes(extranonce_size, "big")
+                self._extranonce += 1
+                root = fold_merkle(sha256d(prefix + extranonce + suffix), branch)
+                rolled = 0
+                while True:
+                    rolling = version & ~version_mask | rolled
+                    at = 0
+                    while at < nonces:
+                        now = self._time
+                        header = struct.pack("<I32s32sIII", rolling, previous_block_hash, root, now, bits, 0)
+                        result = scan_nonces(header, at, min(_TWIN_SLICE, nonces - at), target)
+                        self._hashes += result.hashes
+                        at += result.hashes
+                        nonce = result.nonce
+                        yield (
+                            nonce
+                            if nonce is None
+                            else Find(tag=tag, extranonce=extranonce, version=rolling, time=now, nonce=nonce)
+                        )
+                    rolled = (rolled - version_mask) & version_mask
+                    if not rolled:
+                        break
+
+        self._work = headers()
+
+    def stop(self) -> None:
+        """Leaves the threads without a job."""
+        self._work = None
+
+    def set_time(self, time: int) -> None:
+        """Changes the header time of the job in hand, Unix seconds: nonces tried from now on have it."""
+        self._time = time
+
+    def wait(self, patience_ms: int) -> list[Find]:
+        """What was found since the last call, also for jobs that are over; waits for it for so long, in ms."""
+        until = self._hashes + POLL_INTERVAL
+        finds: list[Find] = []
+        work = self._work
+        while work is not None and work is self._work and not finds and self._hashes < until:
+            try:
+                find = next(work)
+            except StopIteration:
+                break
+            if find is not None:
+                finds.append(find)
+        return finds
+
+    @property
+    def hashes(self) -> int:
+        """The number of nonces tried so far, by all threads."""
+        return self._hashes
+
+    def close(self) -> None:
+        """Ends the threads and waits until they have ended. Nothing is found any more."""
+        self._work = None
+
+
+_TWIN_SLICE = 2**10
+"""The twin's `Scanner` looks this often, in hashes, whether there is another job: some ten milliseconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -270,6 +270,127 @@ def test_stop_flag_ends_a_scan_from_another_thread(hasher: ModuleType) -> None:
     assert hasher.scan_nonces(GENESIS, 0, 10, MAX_TARGET, stop) == hasher.ScanResult(nonce=None, hashes=0)
 
 
+# The scanner
+
+SCAN_JOB: dict[str, Any] = {
+    "prefix": b"p" * 60,
+    "extranonce_size": 1,
+    "suffix": b"s" * 90,
+    "branch": [b"b" * 32, b"c" * 32],
+    "version": 0x2000_0001,
+    "version_mask": 0x0000_6000,
+    "previous_block_hash": b"q" * 32,
+    "time": 1_700_000_000,
+    "bits": 0x207FFFFF,
+    "target": MAX_TARGET // 2,
+}
+
+
+def header_of(job: dict[str, Any], find: Any) -> bytes:
+    coinbase = job["prefix"] + find.extranonce + job["suffix"]
+    root = twin.fold_merkle(twin.sha256d(coinbase), job["branch"])
+    head = find.version.to_bytes(4, "little") + job["previous_block_hash"] + root
+    return bytes(head + b"".join(word.to_bytes(4, "little") for word in (find.time, job["bits"], find.nonce)))
+
+
+def drain(scanner: Any, hashes: int) -> list[Any]:
+    """All that is found until so many nonces are tried."""
+    finds: list[Any] = []
+    while scanner.hashes < hashes or (more := scanner.wait(1)):
+        finds += scanner.wait(50) if scanner.hashes < hashes else more
+    return finds
+
+
+def test_a_scanner_tries_all_extranonces_versions_and_nonces_of_a_job_once_as_the_twin_does() -> None:
+    found = []
+    for hasher in (native, twin):
+        scanner = hasher.Scanner(3)
+        scanner.start(tag=7, nonces=3, **SCAN_JOB)
+        finds = drain(scanner, 256 * 4 * 3)
+        assert scanner.hashes == 256 * 4 * 3
+        headers = {header_of(SCAN_JOB, find) for find in finds}
+        assert len(headers) == len(finds)
+        assert all(twin.meets_target(header, SCAN_JOB["target"]) for header in headers)
+        assert {find.tag for find in finds} == {7}
+        assert {find.version for find in finds} == {0x2000_0001 | rolled << 13 for rolled in range(4)}
+        found.append(headers)
+        scanner.close()
+        assert scanner.wait(1) == []
+    assert found[0] == found[1]
+    assert len(found[0]) > 1000
+
+
+@pytest.mark.parametrize("kernel", native.kernels())
+def test_a_scanner_runs_on_any_kernel(kernel: str) -> None:
+    scanner = native.Scanner(1, kernel)
+    scanner.start(tag=1, nonces=40, **SCAN_JOB | {"extranonce_size": 0, "target": MAX_TARGET // 16})
+    finds = drain(scanner, 160)
+    assert scanner.hashes == 160
+    assert finds
+    assert all(twin.meets_target(header_of(SCAN_JOB, find), MAX_TARGET // 16) for find in finds)
+    scanner.close()
+
+
+@both
+def test_a_scanner_goes_over_to_another_job_and_another_time(hasher: ModuleType) -> None:
+    scanner = hasher.Scanner(2)
+    assert scanner.wait(1) == []
+    scanner.start(tag=1, **SCAN_JOB | {"target": 0})
+    scanner.wait(1)
+    scanner.start(tag=2, **SCAN_JOB)
+    finds: list[Any] = []
+    while not finds:
+        finds = scanner.wait(1000)
+    assert {find.tag for find in finds} == {2}
+    assert {find.time for find in finds} == {SCAN_JOB["time"]}
+    scanner.set_time(SCAN_JOB["time"] + 9)
+    while find_times(finds := scanner.wait(1000)) != {SCAN_JOB["time"] + 9}:
+        pass
+    scanner.stop()
+    while scanner.wait(10):
+        pass
+    done = scanner.hashes
+    assert scanner.wait(10) == []
+    assert scanner.hashes == done
+    scanner.close()
+
+
+def find_times(finds: list[Any]) -> set[int]:
+    return {find.time for find in finds}
+
+
+@both
+def test_equal_jobs_do_not_mean_the_same_headers(hasher: ModuleType) -> None:
+    scanner = hasher.Scanner(1)
+    headers = []
+    for tag in (1, 2):
+        scanner.start(tag=tag, nonces=1, **SCAN_JOB | {"extranonce_size": 9, "target": MAX_TARGET})
+        finds: list[Any] = []
+        while len(finds) < 8:
+            finds += [find for find in scanner.wait(1000) if find.tag == tag]
+        headers += [header_of(SCAN_JOB, find) for find in finds]
+    assert len(set(headers)) == len(headers)
+    scanner.close()
+
+
+@both
+def test_scanner_faults(hasher: ModuleType) -> None:
+    with pytest.raises(ValueError, match="a scanner has threads, got 0"):
+        hasher.Scanner(0)
+    with pytest.raises(ValueError, match='got "abacus"'):
+        hasher.Scanner(1, "abacus")
+    scanner = hasher.Scanner(1)
+    for change, fault, message in (
+        ({"branch": [b"x"]}, ValueError, "a hash has 32 bytes, got 1"),
+        ({"previous_block_hash": b"x"}, ValueError, "a hash has 32 bytes, got 1"),
+        ({"target": -1}, OverflowError, "a target is in"),
+        ({"nonces": 2**32 + 1}, ValueError, r"a header has 2\^32 nonces, got 4294967297"),
+    ):
+        with pytest.raises(fault, match=message):
+            scanner.start(tag=1, **SCAN_JOB | change)
+    scanner.close()
+
+
 # Kernels
 
 

@@ -11,5 +11,6 @@ mod headers;
 mod kernels;
 #[cfg(feature = "python")]
 mod python;
+mod scanner;
 mod sha256;
 mod weights;

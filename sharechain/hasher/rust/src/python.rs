@@ -2,7 +2,7 @@
 //!
 //! `sharechain/hasher/__init__.py` documents the interface and `sharechain/hasher/twin.py` is its reference.
 use crate::sha256::Engine;
-use crate::{draw, headers, sha256, weights};
+use crate::{draw, headers, scanner, sha256, weights};
 use pyo3::exceptions::{PyOverflowError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -10,6 +10,7 @@ use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyInt};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 const NONCES: u64 = 1 << 32;
 
@@ -226,6 +227,122 @@ fn scan_nonces(
 
 #[pyclass(module = "sharechain._native", frozen, eq, hash)]
 #[derive(PartialEq, Eq, Hash)]
+struct Find(scanner::Find);
+
+#[pymethods]
+impl Find {
+    #[getter]
+    fn tag(&self) -> u64 {
+        self.0.tag
+    }
+
+    #[getter]
+    fn extranonce<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.0.extranonce)
+    }
+
+    #[getter]
+    fn version(&self) -> u32 {
+        self.0.version
+    }
+
+    #[getter]
+    fn time(&self) -> u32 {
+        self.0.time
+    }
+
+    #[getter]
+    fn nonce(&self) -> u32 {
+        self.0.nonce
+    }
+}
+
+#[pyclass(module = "sharechain._native", frozen)]
+struct Scanner(scanner::Scanner);
+
+#[pymethods]
+impl Scanner {
+    #[new]
+    #[pyo3(signature = (threads, kernel=None))]
+    fn new(threads: usize, kernel: Option<&str>) -> PyResult<Self> {
+        if threads == 0 {
+            return Err(PyValueError::new_err("a scanner has threads, got 0"));
+        }
+        Ok(Scanner(scanner::Scanner::new(engine_of(kernel)?, threads)?))
+    }
+
+    #[pyo3(signature = (
+        *, tag, prefix, extranonce_size, suffix, branch, version, version_mask=0, previous_block_hash, time, bits,
+        target, nonces=NONCES
+    ))]
+    #[allow(clippy::too_many_arguments)]
+    fn start(
+        &self,
+        py: Python<'_>,
+        tag: u64,
+        prefix: Vec<u8>,
+        extranonce_size: usize,
+        suffix: Vec<u8>,
+        branch: Vec<Bound<'_, PyBytes>>,
+        version: u32,
+        version_mask: u32,
+        previous_block_hash: &[u8],
+        time: u32,
+        bits: u32,
+        target: &Bound<'_, PyInt>,
+        nonces: u64,
+    ) -> PyResult<()> {
+        if nonces > NONCES {
+            return Err(PyValueError::new_err(format!(
+                "a header has 2^32 nonces, got {nonces}"
+            )));
+        }
+        let job = scanner::Job {
+            tag,
+            prefix,
+            suffix,
+            extranonce_size,
+            branch: branch
+                .iter()
+                .map(|hash| hash_of(hash.as_bytes()))
+                .collect::<PyResult<_>>()?,
+            version,
+            version_mask,
+            previous_block_hash: hash_of(previous_block_hash)?,
+            time,
+            bits,
+            target: target_of(target)?,
+            nonces,
+        };
+        py.detach(|| self.0.start(Some(job)));
+        Ok(())
+    }
+
+    fn stop(&self, py: Python<'_>) {
+        py.detach(|| self.0.start(None));
+    }
+
+    fn set_time(&self, py: Python<'_>, time: u32) {
+        py.detach(|| self.0.set_time(time));
+    }
+
+    fn wait(&self, py: Python<'_>, patience_ms: u64) -> Vec<Find> {
+        let finds = py.detach(|| self.0.wait(Duration::from_millis(patience_ms)));
+        finds.into_iter().map(Find).collect()
+    }
+
+    #[getter]
+    fn hashes(&self) -> u64 {
+        self.0.hashes()
+    }
+
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.0.close());
+    }
+}
+
+#[pyclass(module = "sharechain._native", frozen, eq, hash)]
+#[derive(PartialEq, Eq, Hash)]
 struct Draw {
     outputs: Vec<u8>,
     #[pyo3(get)]
@@ -363,7 +480,7 @@ mod _native {
     const IMPLEMENTATION: &str = "rust";
     #[pymodule_export]
     use super::{
-        Draw, ScanResult, StopFlag, WeightTable, check_headers, fold_merkle, kernel, kernels,
-        meets_target, scan_nonces, sha256d, use_kernel,
+        Draw, Find, ScanResult, Scanner, StopFlag, WeightTable, check_headers, fold_merkle, kernel,
+        kernels, meets_target, scan_nonces, sha256d, use_kernel,
     };
 }
