@@ -12,7 +12,9 @@ All hashes are 32 bytes in internal order, read as little-endian numbers. Target
 - `kernels`, `kernel`, `use_kernel`: the code that the processor runs.
 - `scan_nonces` with `StopFlag` and `ScanResult`: the nonces of one header.
 - `Scanner` with `Find`: threads that scan for a miner, job after job.
-- `WeightTable` with `Draw`: the weights of the PPLNS window and the payouts drawn from them.
+- `merkle_roots`: many coinbases at once. `SubmissionChecker`: what miners of one job hand in.
+- `WeightTable` with `Draw` and `Payment`: the weights of the PPLNS window, the payouts drawn from them, and the
+  coinbase that pays them.
 """
 
 from os import environ
@@ -23,15 +25,18 @@ if TYPE_CHECKING:
         IMPLEMENTATION,
         Draw,
         Find,
+        Payment,
         Scanner,
         ScanResult,
         StopFlag,
+        SubmissionChecker,
         WeightTable,
         check_headers,
         fold_merkle,
         kernel,
         kernels,
         meets_target,
+        merkle_roots,
         scan_nonces,
         sha256d,
         use_kernel,
@@ -56,6 +61,9 @@ else:
     IMPLEMENTATION = _picked.IMPLEMENTATION
     Draw = _picked.Draw
     Find = _picked.Find
+    Payment = _picked.Payment
+    SubmissionChecker = _picked.SubmissionChecker
+    merkle_roots = _picked.merkle_roots
     Scanner = _picked.Scanner
     ScanResult = _picked.ScanResult
     StopFlag = _picked.StopFlag
@@ -73,15 +81,18 @@ __all__ = [
     "IMPLEMENTATION",
     "Draw",
     "Find",
+    "Payment",
     "ScanResult",
     "Scanner",
     "StopFlag",
+    "SubmissionChecker",
     "WeightTable",
     "check_headers",
     "fold_merkle",
     "kernel",
     "kernels",
     "meets_target",
+    "merkle_roots",
     "scan_nonces",
     "sha256d",
     "use_kernel",

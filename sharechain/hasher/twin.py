@@ -71,12 +71,60 @@ def fold_merkle(leaf: bytes, branch: Sequence[bytes]) -> bytes:
     Source: Stratum's `merkle_branch`; Bitcoin Core, `ComputeMerkleRoot`.
     """
     for node in (*branch, leaf):
-        if len(node) != HASH_BYTES:
-            raise ValueError(f"a hash has {HASH_BYTES} bytes, got {len(node)}")
+        _require_hash(node)
     root = leaf
     for sibling in branch:
         root = sha256d(root + sibling)
     return root
+
+
+def merkle_roots(coinbases: Sequence[bytes], branches: Sequence[Sequence[bytes]]) -> list[bytes]:
+    """The merkle root of each block from its coinbase (without witness) and the branch beside it, as `fold_merkle`.
+
+    The extension hashes many side by side, on all cores, and leaves the other Python threads running.
+
+    Raises `ValueError` for a hash of another length than 32 bytes, and unless there are as many of both.
+    """
+    if len(coinbases) != len(branches):
+        raise ValueError(f"as many branches as coinbases, got {len(coinbases)} coinbases and {len(branches)} branches")
+    return [fold_merkle(sha256d(coinbase), branch) for coinbase, branch in zip(coinbases, branches, strict=True)]
+
+
+class SubmissionChecker:
+    """Hashes what miners of one job hand in, and compares it with the job's targets.
+
+    The coinbase is `prefix`, an extranonce, `suffix`, without witness; the extension hashes the prefix once. `branch`
+    is the coinbase's merkle branch; `previous_block_hash` and `bits` are the header's; `targets` are as many as wanted.
+
+    Raises `ValueError` for a hash that has not 32 bytes, `OverflowError` for a target out of range.
+    """
+
+    __slots__ = ("_bits", "_branch", "_prefix", "_previous_block_hash", "_suffix", "_targets")
+
+    def __init__(
+        self,
+        *,
+        prefix: bytes,
+        suffix: bytes,
+        branch: Sequence[bytes],
+        previous_block_hash: bytes,
+        bits: int,
+        targets: Sequence[int],
+    ) -> None:
+        for node in (*branch, previous_block_hash):
+            _require_hash(node)
+        for target in targets:
+            _require_target(target)
+        self._prefix, self._suffix, self._branch = prefix, suffix, branch
+        self._previous_block_hash, self._bits, self._targets = previous_block_hash, bits, targets
+
+    def check(self, extranonce: bytes, version: int, time: int, nonce: int) -> tuple[bytes, bytes, list[bool]]:
+        """The header of a submission, its hash, and for each target whether the hash is at most that."""
+        root = fold_merkle(sha256d(self._prefix + extranonce + self._suffix), self._branch)
+        header = struct.pack("<I32s32sIII", version, self._previous_block_hash, root, time, self._bits, nonce)
+        digest = sha256d(header)
+        number = int.from_bytes(digest, "little")
+        return header, digest, [number <= target for target in self._targets]
 
 
 class StopFlag:
@@ -232,8 +280,7 @@ class Scanner:
         if nonces > NONCES:
             raise ValueError(f"a header has 2^32 nonces, got {nonces}")
         for node in (*branch, previous_block_hash):
-            if len(node) != HASH_BYTES:
-                raise ValueError(f"a hash has {HASH_BYTES} bytes, got {len(node)}")
+            _require_hash(node)
         _require_target(target)
         self._time = time
 
@@ -313,6 +360,24 @@ class Draw:
     """The sum of their amounts, sat."""
     threshold: int
     """Entitlements from this amount on (sat) were paid exactly."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Payment:
+    """A coinbase that pays a window, as `WeightTable.pay` made it."""
+
+    outputs: bytes
+    """The window's payouts as Bitcoin TxOuts, in the order of `Draw.outputs`."""
+    count: int
+    """The number of outputs."""
+    finder_amount: int
+    """What the finder gets, sat; 0 if that would be dust and joined the first payout."""
+    threshold: int
+    """Entitlements from this amount on (sat) were paid exactly; 0 without a window."""
+    txid: bytes
+    """The hash of the coinbase without witness."""
+    merkle_root: bytes
+    """The root above it."""
 
 
 class WeightTable:
@@ -412,13 +477,7 @@ class WeightTable:
 
         Source: ours; systematic sampling with unequal probabilities (W. G. Madow, 1949).
         """
-        bounded = {"value": value, "payout_class": payout_class, "min_payout": min_payout, "dust": dust}
-        for name, number in bounded.items():
-            if not 0 <= number < AMOUNT_LIMIT:
-                raise OverflowError(f"{name} is in 0..2^63 - 1, got {number}")
-        for name, number in bounded.items():
-            if name != "value" and number == 0:
-                raise ValueError(f"{name} is at least 1, got 0")
+        _require_terms(value, payout_class, min_payout, dust)
         if not self._weights:
             raise ValueError("a draw needs at least one weight, got an empty table")
 
@@ -441,6 +500,76 @@ class WeightTable:
             count=len(paid),
             paid=sum(amounts.values()),
             threshold=threshold,
+        )
+
+    def pay(
+        self,
+        *,
+        value: int,
+        bonus: int,
+        payout_class: int,
+        min_payout: int,
+        dust: int,
+        seed: bytes,
+        coinbase_script: bytes,
+        finder_script: bytes,
+        witness_commitment: bytes | None,
+        commitment: bytes,
+        branch: Sequence[bytes],
+    ) -> Payment:
+        """From weights to the merkle root, the way of every share that is checked, in one call.
+
+        The window shares `value - bonus` by `draw`; `bonus` and what the draw left are the finder's, but join the first
+        payout where they are below `dust`. An empty table pays all to the finder. The coinbase has the outputs of the
+        window, of the finder, of the witness commitment (32 bytes, or None) and of the share commitment (32 bytes).
+
+        The same as `build_payouts`, `build_coinbase` and `fold_coinbase` one after the other, which say more.
+
+        Raises as `draw`, but for an empty table; `ValueError` for a bonus above the value, a script of more than 252
+        bytes and a hash of another length.
+        """
+        _require_terms(value, payout_class, min_payout, dust)
+        if not 0 <= bonus < AMOUNT_LIMIT:
+            raise OverflowError(f"bonus is in 0..2^63 - 1, got {bonus}")
+        if bonus > value:
+            raise ValueError(f"a bonus is part of the value {value}, got {bonus}")
+        for script in (coinbase_script, finder_script):
+            if len(script) > 0xFC:
+                raise ValueError(f"a script has at most 252 bytes, got {len(script)}")
+        for node in (commitment, *branch) if witness_commitment is None else (witness_commitment, commitment, *branch):
+            _require_hash(node)
+        drawn = Draw(outputs=b"", count=0, paid=0, threshold=0)
+        if self._weights:
+            drawn = self.draw(value - bonus, payout_class, min_payout, dust, seed)
+        outputs, finder_amount = drawn.outputs, value - drawn.paid
+        if drawn.count and finder_amount < dust:
+            outputs = (int.from_bytes(outputs[:8], "little") + finder_amount).to_bytes(8, "little") + outputs[8:]
+            finder_amount = 0
+        others = []
+        if finder_amount or not drawn.count:
+            others.append((finder_amount, finder_script))
+        if witness_commitment is not None:
+            others.append((0, bytes.fromhex("6a24aa21a9ed") + witness_commitment))
+        others.append((0, b"\x6a\x20" + commitment))
+        coinbase = b"".join(
+            (
+                struct.pack("<IB32sIB", 2, 1, bytes(32), 0xFFFFFFFF, len(coinbase_script)),
+                coinbase_script,
+                b"\xff\xff\xff\xff",
+                _compact_size(drawn.count + len(others)),
+                outputs,
+                *(struct.pack("<QB", amount, len(script)) + script for amount, script in others),
+                bytes(4),
+            )
+        )
+        txid = sha256d(coinbase)
+        return Payment(
+            outputs=outputs,
+            count=drawn.count,
+            finder_amount=finder_amount,
+            threshold=drawn.threshold,
+            txid=txid,
+            merkle_root=fold_merkle(txid, branch),
         )
 
 
@@ -516,6 +645,21 @@ def _require_kernel(name: str) -> None:
 def _require_header(header: bytes) -> None:
     if len(header) != HEADER_BYTES:
         raise ValueError(f"a header has {HEADER_BYTES} bytes, got {len(header)}")
+
+
+def _require_terms(value: int, payout_class: int, min_payout: int, dust: int) -> None:
+    bounded = {"value": value, "payout_class": payout_class, "min_payout": min_payout, "dust": dust}
+    for name, number in bounded.items():
+        if not 0 <= number < AMOUNT_LIMIT:
+            raise OverflowError(f"{name} is in 0..2^63 - 1, got {number}")
+    for name, number in bounded.items():
+        if name != "value" and number == 0:
+            raise ValueError(f"{name} is at least 1, got 0")
+
+
+def _require_hash(node: bytes) -> None:
+    if len(node) != HASH_BYTES:
+        raise ValueError(f"a hash has {HASH_BYTES} bytes, got {len(node)}")
 
 
 def _require_target(target: int) -> None:

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 import sharechain
 from sharechain import hasher as picked
+from sharechain.coinbase import build_coinbase, fold_coinbase
 from sharechain.hasher import twin
+from sharechain.payout import Payouts
 
 try:
     from sharechain import _native as native
@@ -268,6 +270,66 @@ def test_stop_flag_ends_a_scan_from_another_thread(hasher: ModuleType) -> None:
     assert results[0].hashes < 2**32
     assert results[0].hashes % 2**14 == 0
     assert hasher.scan_nonces(GENESIS, 0, 10, MAX_TARGET, stop) == hasher.ScanResult(nonce=None, hashes=0)
+
+
+@few
+@given(st.lists(st.tuples(st.binary(max_size=300), st.lists(hashes, max_size=4)), max_size=40))
+def test_merkle_roots_equal_one_by_one(batch: list[tuple[bytes, list[bytes]]]) -> None:
+    expected = [twin.fold_merkle(twin.sha256d(coinbase), branch) for coinbase, branch in batch]
+    for hasher in (native, twin):
+        assert hasher.merkle_roots([coinbase for coinbase, _ in batch], [branch for _, branch in batch]) == expected
+
+
+@both
+def test_batches_on_all_cores_keep_their_order(hasher: ModuleType) -> None:
+    rng = random.Random(3)
+    batch = [rng.randbytes(80) for _ in range(2000)]
+    levels = [[rng.randbytes(32)] * (i % 3) for i in range(2000)]
+    expected = [twin.fold_merkle(twin.sha256d(data), branch) for data, branch in zip(batch, levels, strict=True)]
+    assert hasher.merkle_roots(batch, levels) == expected
+    limits = [int.from_bytes(twin.sha256d(data), "little") - i % 2 for i, data in enumerate(batch)]
+    assert hasher.check_headers(batch, limits) == [i % 2 == 0 for i in range(2000)]
+    with pytest.raises(ValueError, match="got 2 coinbases and 1 branches"):
+        hasher.merkle_roots([b"", b""], [[]])
+    with pytest.raises(ValueError, match="a hash has 32 bytes, got 1"):
+        hasher.merkle_roots([b""], [[b"x"]])
+
+
+@few
+@given(
+    st.one_of(st.binary(max_size=200), st.binary(min_size=1000, max_size=1100)),
+    st.binary(max_size=16),
+    st.lists(hashes, max_size=12),
+    st.tuples(*[st.integers(0, 2**32 - 1)] * 4),
+    st.lists(targets, max_size=4),
+)
+def test_submissions_are_checked_as_by_hand(
+    part: bytes, extranonce: bytes, branch: list[bytes], numbers: tuple[int, ...], limits: list[int]
+) -> None:
+    version, time, bits, nonce = numbers
+    root = twin.fold_merkle(twin.sha256d(part + extranonce + part[::-1]), branch)
+    header = b"".join(
+        (version.to_bytes(4, "little"), bytes(32), root, *(n.to_bytes(4, "little") for n in (time, bits, nonce)))
+    )
+    digest = twin.sha256d(header)
+    number = int.from_bytes(digest, "little")
+    limits = [*limits, number, max(0, number - 1)]
+    for hasher in (native, twin):
+        checker = hasher.SubmissionChecker(
+            prefix=part, suffix=part[::-1], branch=branch, previous_block_hash=bytes(32), bits=bits, targets=limits
+        )
+        checked = checker.check(extranonce, version, time, nonce)
+        assert checked == (header, digest, [number <= limit for limit in limits])
+
+
+@both
+def test_submission_checker_faults(hasher: ModuleType) -> None:
+    good: dict[str, Any] = {"prefix": b"", "suffix": b"", "branch": [], "previous_block_hash": bytes(32), "bits": 0}
+    with pytest.raises(OverflowError, match="a target is in"):
+        hasher.SubmissionChecker(**good, targets=[-1])
+    for change in ({"branch": [b"x"]}, {"previous_block_hash": b"x"}):
+        with pytest.raises(ValueError, match="a hash has 32 bytes, got 1"):
+            hasher.SubmissionChecker(**good | change, targets=[])
 
 
 # The scanner
@@ -719,3 +781,89 @@ def test_draw_faults(hasher: ModuleType) -> None:
         if name != "value":
             with pytest.raises(ValueError, match=f"^{name} is at least 1, got 0$"):
                 table.draw(**(good | {name: 0}), seed=b"")
+
+
+# From weights to the merkle root
+
+
+@pytest.mark.slow
+@settings(max_examples=100, deadline=None)
+@given(
+    st.one_of(st.just({}), tables),
+    st.integers(0, 10**10),
+    st.integers(0, 10**6),
+    st.integers(1, 300),
+    st.integers(1, 600),
+    st.tuples(st.binary(max_size=100), st.binary(max_size=34), st.one_of(st.none(), hashes), hashes),
+    st.lists(hashes, max_size=5),
+)
+def test_pay_equals_twin_and_its_parts(
+    contents: dict[bytes, int],
+    share: int,
+    bonus: int,
+    payout_class: int,
+    dust: int,
+    frame: tuple[bytes, bytes, bytes | None, bytes],
+    branch: list[bytes],
+) -> None:
+    coinbase_script, finder_script, witness_commitment, commitment = frame
+    paid = [
+        build_table(hasher, contents).pay(
+            value=share + bonus,
+            bonus=bonus,
+            payout_class=payout_class,
+            min_payout=5,
+            dust=dust,
+            seed=b"seed",
+            coinbase_script=coinbase_script,
+            finder_script=finder_script,
+            witness_commitment=witness_commitment,
+            commitment=commitment,
+            branch=branch,
+        )
+        for hasher in (native, twin)
+    ]
+    for name in ("outputs", "count", "finder_amount", "threshold", "txid", "merkle_root"):
+        assert getattr(paid[0], name) == getattr(paid[1], name), name
+    payment = paid[0]
+    amounts = sum(amount for amount, _ in parse_outputs(payment.outputs))
+    assert amounts + payment.finder_amount == share + bonus
+    payouts = Payouts(
+        outputs=payment.outputs,
+        count=payment.count,
+        finder_amount=payment.finder_amount,
+        threshold=payment.threshold,
+    )
+    coinbase = build_coinbase(coinbase_script, payouts, finder_script, witness_commitment, commitment)
+    assert payment.txid == twin.sha256d(coinbase)
+    assert payment.merkle_root == fold_coinbase(coinbase, tuple(branch))
+
+
+@both
+def test_pay_faults(hasher: ModuleType) -> None:
+    good: dict[str, Any] = {
+        "value": 10,
+        "bonus": 1,
+        "payout_class": 2,
+        "min_payout": 1,
+        "dust": 1,
+        "seed": b"",
+        "coinbase_script": b"",
+        "finder_script": b"",
+        "witness_commitment": None,
+        "commitment": bytes(32),
+        "branch": [],
+    }
+    table = build_table(hasher, {b"a": 1})
+    for change, fault, message in (
+        ({"bonus": 11}, ValueError, "a bonus is part of the value 10, got 11"),
+        ({"bonus": -1}, OverflowError, "bonus is in"),
+        ({"value": -1}, OverflowError, "value is in"),
+        ({"dust": 0}, ValueError, "dust is at least 1, got 0"),
+        ({"finder_script": bytes(253)}, ValueError, "a script has at most 252 bytes, got 253"),
+        ({"commitment": b"x"}, ValueError, "a hash has 32 bytes, got 1"),
+        ({"witness_commitment": b"x"}, ValueError, "a hash has 32 bytes, got 1"),
+        ({"branch": [b"x"]}, ValueError, "a hash has 32 bytes, got 1"),
+    ):
+        with pytest.raises(fault, match=message):
+            table.pay(**good | change)

@@ -9,6 +9,7 @@ mod buckets;
 mod draw;
 mod headers;
 mod kernels;
+mod payment;
 #[cfg(feature = "python")]
 mod python;
 mod scanner;
