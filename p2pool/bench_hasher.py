@@ -51,7 +51,9 @@ def bench_hasher(quick: bool, against: str | None = None) -> Iterator[Row]:
     yield from _threads(quick)
     if against is not None:
         yield from _against(shlex.split(against), quick)
+    yield from _reaction(quick)
     yield from _checks(quick)
+    yield from _payment(quick)
 
 
 def _row(case: str, metric: str, value: float, unit: str) -> Row:
@@ -113,6 +115,37 @@ def _threads(quick: bool) -> Iterator[Row]:
     yield _row(
         f"{threads} threads, kernel {hasher.kernel()}", "scan, wall clock", statistics.median(rates) / 1e6, "MH/s"
     )
+
+
+def _reaction(quick: bool) -> Iterator[Row]:
+    """From a new job until every thread has found something in it, with the branch and coinbase of a real one."""
+    threads = os.cpu_count() or 1
+    job: dict[str, Any] = {
+        "prefix": bytes(60),
+        "extranonce_size": 8,
+        "suffix": bytes(14_000),
+        "branch": [bytes(32)] * 12,
+        "version": 0,
+        "previous_block_hash": bytes(32),
+        "time": 0,
+        "bits": 0,
+    }
+    scanner = hasher.Scanner(threads)
+    wanted = threads if hasher.IMPLEMENTATION == "rust" else 1
+    times = []
+    for tag in range(0, 40 if quick else 400, 2):
+        scanner.start(tag=tag, target=0, **job)
+        scanner.wait(10)
+        start = time.perf_counter()
+        scanner.start(tag=tag + 1, target=2**256 - 1, **job)
+        seen: set[bytes] = set()
+        while len(seen) < wanted:
+            seen |= {find.extranonce for find in scanner.wait(1000) if find.tag == tag + 1}
+        times.append((time.perf_counter() - start) * 1e3)
+    scanner.close()
+    case = f"{threads} threads, kernel {hasher.kernel()}"
+    yield _row(case, "new job reaches all threads, median", statistics.median(times), "ms")
+    yield _row(case, "new job reaches all threads, slowest", max(times), "ms")
 
 
 def _against(command: list[str], quick: bool) -> Iterator[Row]:
@@ -179,6 +212,56 @@ def _checks(quick: bool) -> Iterator[Row]:
     )
     yield _row("12 levels", "fold merkle branch", ours, "us")
     yield _row("12 levels, reference: Python twin", "fold merkle branch", theirs, "us")
+
+
+def _payment(quick: bool) -> Iterator[Row]:
+    """A submission, and the step from weights to the merkle root, natively and by the twin."""
+    rounds = 5 if quick else 50
+    job: dict[str, Any] = {
+        "prefix": bytes(250),
+        "suffix": bytes(338),
+        "branch": [bytes(32)] * 12,
+        "previous_block_hash": bytes(32),
+        "bits": 0,
+        "targets": (1, 2, 3),
+    }
+    kinds: tuple[Any, Any] = (hasher.SubmissionChecker, twin.SubmissionChecker)
+    ours, theirs = _times_us(
+        tuple(partial(kind(**job).check, bytes(12), 1, 2, 3) for kind in kinds),
+        rounds * 10,
+    )
+    case = "coinbase of 600 bytes, 12 levels, 3 targets"
+    yield _row(case, "check submission", ours, "us")
+    yield _row(f"{case}, reference: Python twin", "check submission", theirs, "us")
+    pay: dict[str, Any] = {
+        "value": 312_500_000,
+        "bonus": 1_562_500,
+        "payout_class": 500,
+        "min_payout": 5_000,
+        "dust": 546,
+        "seed": bytes(32),
+        "coinbase_script": bytes(20),
+        "finder_script": bytes(22),
+        "witness_commitment": bytes(32),
+        "commitment": bytes(32),
+        "branch": [bytes(32)] * 12,
+    }
+    tables: tuple[Any, Any] = (hasher.WeightTable(), twin.WeightTable())
+    for number in range(500):
+        digest = twin.sha256d(number.to_bytes(4, "big"))
+        for table in tables:
+            table.add(b"\x51\x20" + digest if number % 2 else b"\x00\x14" + digest[:20], 2**40 // (number + 1))
+    ours, theirs = _times_us(tuple(partial(table.pay, **pay) for table in tables), rounds)
+    yield _row("500 payees", "weights to merkle root", ours, "us")
+    yield _row("500 payees, reference: Python twin", "weights to merkle root", theirs, "us")
+    coinbases, branches = [bytes(14_000)] * 256, [[bytes(32)] * 12] * 256
+    ours, theirs = _times_us(
+        (partial(hasher.merkle_roots, coinbases, branches), partial(twin.merkle_roots, coinbases, branches)),
+        max(3, rounds // 5),
+    )
+    case = "256 coinbases of 14 kB, 12 levels"
+    yield _row(case, "merkle roots", 256 / ours * 1e6, "coinbases/s")
+    yield _row(f"{case}, reference: Python twin", "merkle roots", 256 / theirs * 1e6, "coinbases/s")
 
 
 def _times_us(calls: tuple[Callable[[], object], ...], rounds: int) -> list[float]:
