@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -58,7 +57,7 @@ def run_bench(name: str, *, quick: bool, **choices: Any) -> Iterator[Row]:
     Args:
         name: which one.
         quick: a tenth of the size.
-        choices: what the benchmark takes besides; only ``template`` does.
+        choices: what the benchmark takes besides; ``template`` and ``hasher`` do.
     """
     for row in BENCHES[name](quick, **choices):
         yield {"bench": name, **row}
@@ -350,23 +349,11 @@ def _bench_store(quick: bool) -> Iterator[Row]:
         yield make_row(case, "on disk", size / 1e6, "MB")
 
 
-def _bench_hasher(quick: bool) -> Iterator[Row]:
-    """Double SHA-256 and the nonce scan, against hashlib and the Python twin."""
-    header = bytes(80)
-    count = 1 << (18 if quick else 23)
-    start = time.perf_counter()
-    hasher.scan_nonces(header, 0, count, 0)
-    yield make_row("one thread", f"scan ({hasher.IMPLEMENTATION})", count / (time.perf_counter() - start) / 1e6, "MH/s")
-    start = time.perf_counter()
-    twin.scan_nonces(header, 0, 1 << 16, 0)
-    yield make_row(
-        "one thread, reference: Python twin", "scan", (1 << 16) / (time.perf_counter() - start) / 1e6, "MH/s"
-    )
-    for size in (80, 750, 16_000):
-        data = bytes(size)
-        yield make_row(f"{size} bytes", "sha256d", _best_us(partial(hasher.sha256d, data)), "us")
-        reference = _best_us(partial(twin.sha256d, data))
-        yield make_row(f"{size} bytes, reference: hashlib", "sha256d", reference, "us")
+def _bench_hasher(quick: bool, *, against: str | None = None) -> Iterator[Row]:
+    """The nonce scan by kernel, hashes and checks."""
+    from p2pool.bench_hasher import bench_hasher
+
+    yield from bench_hasher(quick, against)
 
 
 def _bench_sync(quick: bool) -> Iterator[Row]:

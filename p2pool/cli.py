@@ -486,8 +486,9 @@ def export(config_file: Path | None, form: str, **flags: str | None) -> None:
 @click.option("--rounds", type=click.IntRange(1), help="template: of each case. [default: 20]")
 @click.option("--connections", type=click.IntRange(1), help="template: miners. [default: 1,000]")
 @click.option("--transactions", type=click.IntRange(1), help="template: in a block. [default: 4,000]")
+@click.option("--against", metavar="COMMAND", help="hasher: a miner's benchmark command, run in turns with ours.")
 @_json_option
-def bench(name: str, quick: bool, as_json: bool, **flags: int | None) -> None:
+def bench(name: str, quick: bool, as_json: bool, against: str | None, **flags: int | None) -> None:
     """Measure: accept, payout, store, hasher, sync, stratum or template; `all` for all.
 
     Each result is a row of bench, case, metric, value and unit; what it is compared with is a row of the same run.
@@ -500,10 +501,14 @@ def bench(name: str, quick: bool, as_json: bool, **flags: int | None) -> None:
     choices: dict[str, Any] = {flag: value for flag, value in flags.items() if value is not None}
     if choices and "template" not in names:
         raise click.UsageError(f"--{next(iter(choices))} is for the benchmark template, not for {name}")
+    if against is not None and names != ["hasher"]:
+        raise click.BadParameter("only bench hasher compares with a command", param_hint="--against")
     rows = []
     for one in names:
         with ExitStack() as stack:
             given = choices if one == "template" else {}
+            if against is not None:
+                given = {"against": against}
             if one == "template":
                 from p2pool.bench_template import rounds_of
 

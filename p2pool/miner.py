@@ -1,19 +1,17 @@
 """The CPU miner: an ordinary Stratum client round the hasher, for test networks, demonstrations and one's own tests.
 
-Theory of operation. One task reads the pool's lines; each new job sets the stop flag of the one before, so no thread
-goes on with old work. Each hashing thread has a task that hands it stretches of nonces of some 0.1 s, sends what it
-finds, and carries on after it. Threads never try the same header: each has its own extranonce2.
+Theory of operation. One task reads the pool's lines and hands each new job to the hasher's `Scanner`, whose threads
+leave the old one within milliseconds. A second task waits for what they find, sends it, and lets the headers' time
+follow the clock. Threads never try the same header: each has its own extranonce2.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import struct
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Final, Literal
 
 import trio
@@ -23,10 +21,8 @@ from p2pool.stratum.vardiff import target_of_difficulty
 from sharechain import __version__, hasher
 
 USER_AGENT: Final = f"p2pool-cpuminer/{__version__}"
-STRETCH_S = 0.15
-"""A stretch of hashing: long against the 0.1 ms that starting it costs, short against a job."""
-FIRST_STRETCH = 1 << 12
-"""Hashes, before the speed is known."""
+WAIT_MS = 100
+"""How long a wait for finds lasts at most: how often hashes are counted and the clock is looked at."""
 MAX_TIME_ROLL_S = 120
 """How far beyond the job's the header's time may follow the clock; a live pool sends a job each 30 s."""
 RATE_WINDOW_S = 15.0
@@ -35,6 +31,8 @@ SILENCE_S = 180.0
 """A pool that says nothing for so long is gone."""
 MAX_UNANSWERED = 64
 """Submissions on their way. A test network's difficulty can be so low that hashing is faster than telling."""
+MAX_JOBS = 16
+"""Jobs since the last clean one that finds are still sent for."""
 HANDSHAKE_S = 30.0
 """For connecting, and for each answer up to the first job."""
 FIRST_BACKOFF_S, LAST_BACKOFF_S = 0.5, 30.0
@@ -74,7 +72,7 @@ class MinerEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    """A job as received, with the target in force, and the flag that stops all threads on it."""
+    """A job as received, with the target in force."""
 
     job_id: str
     previous_block_hash: bytes
@@ -87,7 +85,6 @@ class _Job:
     target: int
     generation: int
     received_at: float
-    stop: hasher.StopFlag
 
 
 class _Disconnected(Exception):
@@ -142,24 +139,25 @@ class _Pool:
 class Miner:
     """See `mine`.
 
-    Mutable state: `_job` is the one in hand, None between connections, `_job_came` is set while there is one;
-    `_generation` counts clean jobs; the extranonce and difficulty of the connection; and what was counted.
+    Mutable state: `_job` is the one in hand, None between connections; `_jobs` are those that finds may still come for,
+    by the tag that the scanner knows them by, `_tag` the last; `_generation` counts clean jobs; the extranonce and
+    difficulty of the connection; and what was counted. Invariant: the scanner works on `_job`, and on nothing if that
+    is None.
     """
 
     def __init__(
-        self, *, user: str, password: str, threads: int, on_event: Callable[[MinerEvent], None] | None
+        self, *, user: str, password: str, scanner: hasher.Scanner, on_event: Callable[[MinerEvent], None] | None
     ) -> None:
         self._user = user
         self._password = password
-        self._threads = threads
         self._on_event = on_event
-        self._limiter = trio.CapacityLimiter(threads)
+        self._scanner = scanner
         self._difficulty = 0.0
         self._extranonce1 = b""
         self._extranonce2_size = 8
-        self._next_extranonce2 = 0
         self._job: _Job | None = None
-        self._job_came = trio.Event()
+        self._jobs: dict[int, _Job] = {}
+        self._tag = 0
         self._hashes = self._accepted = 0
         self._rejected: Counter[int] = Counter()
         self._rate = 0.0
@@ -169,7 +167,7 @@ class Miner:
         self._generation = 0
 
     def statistics(self) -> MinerStatistics:
-        self._count_hashes(0)
+        self._count_hashes()
         seen_s = max(self._rate_at - self._started_at, 1e-3)
         return MinerStatistics(
             hashes=self._hashes,
@@ -232,8 +230,7 @@ class Miner:
                         is_authorized = True
                         self._tell("connected", f"mining as {self._user}")
                         authorized()
-                        for _ in range(self._threads):
-                            nursery.start_soon(self._hash, pool)
+                        nursery.start_soon(self._follow_scanner, pool)
                     case {"id": int(), "result": _}:
                         pool.on_answer()
                         self._on_answer(message)
@@ -247,10 +244,9 @@ class Miner:
                 raise ValueError(f"difficulty: expected a number above 0, got {difficulty}")
             self._difficulty = difficulty
         elif method == "mining.notify":
-            self._end_job()
             self._generation += params[8:] != [False]
-            self._job = job = _decode_job(params, target_of_difficulty(self._difficulty or 1.0), self._generation)
-            self._job_came.set()
+            job = _decode_job(params, target_of_difficulty(self._difficulty or 1.0), self._generation)
+            self._start_job(job)
             self._tell("job", f"job {job.job_id} at difficulty {self._difficulty:g}")
 
     def _on_subscribed(self, message: Mapping[str, object]) -> None:
@@ -261,7 +257,6 @@ class Miner:
         if not isinstance(extranonce1, str) or not isinstance(size, int) or not 2 <= size <= 16:
             raise ValueError("expected an extranonce1 and the size of extranonce2")
         self._extranonce1, self._extranonce2_size = bytes.fromhex(extranonce1), size
-        self._next_extranonce2 = 0
 
     def _on_answer(self, message: Mapping[str, object]) -> None:
         if message.get("result") is True:
@@ -272,59 +267,54 @@ class Miner:
             self._rejected[code] += 1
             self._tell("rejected", f"submission rejected: {text} ({code})")
 
-    async def _hash(self, pool: _Pool) -> None:
-        """Keep one thread hashing: job after job, extranonce2 after extranonce2, stretch after stretch."""
-        stretch = FIRST_STRETCH
+    async def _follow_scanner(self, pool: _Pool) -> None:
+        """Send what the threads find, and keep the headers' time and the count of hashes up to date."""
         while True:
-            while (job := self._job) is None:
-                await self._job_came.wait()
-            extranonce2 = self._next_extranonce2.to_bytes(self._extranonce2_size, "big")
-            self._next_extranonce2 = (self._next_extranonce2 + 1) % (1 << 8 * self._extranonce2_size)
-            root = hasher.fold_merkle(
-                hasher.sha256d(job.coinb1 + self._extranonce1 + extranonce2 + job.coinb2), job.branch
-            )
-            nonce = 0
-            while nonce < 1 << 32 and not job.stop.is_set():
-                began = trio.current_time()
-                time = job.time + min(int(began - job.received_at), MAX_TIME_ROLL_S)
-                header = _encode_header(job, root, time)
-                count = min(stretch, (1 << 32) - nonce)
-                found, hashes = await self._scan(header, nonce, count, job)
-                took_s = trio.current_time() - began
-                self._count_hashes(hashes)
-                if hashes == count:  # Not for a stretch cut short: starting it would weigh too much.
-                    stretch = _next_stretch(stretch, took_s)
-                nonce += hashes
+            finds = await trio.to_thread.run_sync(self._scanner.wait, WAIT_MS, abandon_on_cancel=True)
+            self._count_hashes()
+            if (job := self._job) is not None:
+                late_s = int(trio.current_time() - job.received_at)
+                self._scanner.set_time(min(job.time + min(late_s, MAX_TIME_ROLL_S), 2**32 - 1))
+            for find in finds:
                 # A job replaced by one that is not clean is still good for what was found in it.
-                if found is not None and job.generation == self._generation:
-                    params = [self._user, job.job_id, extranonce2.hex(), f"{time:08x}", f"{found:08x}"]
-                    self._next_id += 1
-                    try:
-                        await pool.submit({"id": self._next_id, "method": "mining.submit", "params": params})
-                    except (trio.BrokenResourceError, trio.ClosedResourceError):
-                        return  # The reader finds out too, and ends the connection.
+                if (of := self._jobs.get(find.tag)) is None or of.generation != self._generation:
+                    continue
+                params = [self._user, of.job_id, find.extranonce.hex(), f"{find.time:08x}", f"{find.nonce:08x}"]
+                self._next_id += 1
+                try:
+                    await pool.submit({"id": self._next_id, "method": "mining.submit", "params": params})
+                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                    return  # The reader finds out too, and ends the connection.
 
-    async def _scan(self, header: bytes, start: int, count: int, job: _Job) -> tuple[int | None, int]:
-        """Have a thread look for the next nonce; returns it, if any, and the hashes done."""
-        try:
-            result = await trio.to_thread.run_sync(
-                partial(hasher.scan_nonces, header, start, count, job.target, job.stop),
-                limiter=self._limiter,
-                abandon_on_cancel=True,
-            )
-        except trio.Cancelled:
-            job.stop.set()  # The abandoned thread is done within microseconds.
-            raise
-        return result.nonce, result.hashes
+    def _start_job(self, job: _Job) -> None:
+        """Set the threads on a job; from now on they find nothing for the one before."""
+        self._tag += 1
+        self._job = job
+        self._jobs = {tag: of for tag, of in self._jobs.items() if of.generation == job.generation}
+        self._jobs[self._tag] = job
+        while len(self._jobs) > MAX_JOBS:
+            del self._jobs[min(self._jobs)]
+        self._scanner.start(
+            tag=self._tag,
+            prefix=job.coinb1 + self._extranonce1,
+            extranonce_size=self._extranonce2_size,
+            suffix=job.coinb2,
+            branch=job.branch,
+            version=job.version,
+            previous_block_hash=job.previous_block_hash,
+            time=job.time,
+            bits=job.bits,
+            target=job.target,
+        )
 
     def _end_job(self) -> None:
-        if self._job is not None:
-            self._job.stop.set()
-            self._job = None
-            self._job_came = trio.Event()
+        self._scanner.stop()
+        self._job = None
+        self._jobs = {}
 
-    def _count_hashes(self, hashes: int) -> None:
+    def _count_hashes(self) -> None:
         now = trio.current_time()
+        hashes = self._scanner.hashes - self._hashes
         self._hashes += hashes
         self._rate = self._rate * math.exp(-(now - self._rate_at) / RATE_WINDOW_S) + hashes / RATE_WINDOW_S
         self._rate_at = now
@@ -361,7 +351,8 @@ async def mine(
         P2PoolError: the pool refused the user, with its text, or is no Stratum pool; without `reconnect` also that the
             connection failed or was lost.
     """
-    miner = Miner(user=user, password=password, threads=threads, on_event=on_event)
+    scanner = hasher.Scanner(threads)
+    miner = Miner(user=user, password=password, scanner=scanner, on_event=on_event)
     backoff_s = FIRST_BACKOFF_S
     is_started = False
 
@@ -372,14 +363,17 @@ async def mine(
             is_started = True
             task_status.started(miner)
 
-    while True:
-        ended = await miner.run_connection(host, port, on_authorized)
-        text = f"pool at {host}:{port}: {ended}"
-        if not reconnect:
-            raise P2PoolError(text)
-        miner.tell_disconnected(f"{text}; again in {backoff_s:g} s")
-        await trio.sleep(backoff_s)
-        backoff_s = min(backoff_s * 2, LAST_BACKOFF_S)
+    try:
+        while True:
+            ended = await miner.run_connection(host, port, on_authorized)
+            text = f"pool at {host}:{port}: {ended}"
+            if not reconnect:
+                raise P2PoolError(text)
+            miner.tell_disconnected(f"{text}; again in {backoff_s:g} s")
+            await trio.sleep(backoff_s)
+            backoff_s = min(backoff_s * 2, LAST_BACKOFF_S)
+    finally:
+        scanner.close()
 
 
 def _decode_job(params: list[object], target: int, generation: int) -> _Job:
@@ -400,19 +394,7 @@ def _decode_job(params: list[object], target: int, generation: int) -> _Job:
         target=target,
         generation=generation,
         received_at=trio.current_time(),
-        stop=hasher.StopFlag(),
     )
-
-
-def _encode_header(job: _Job, root: bytes, time: int) -> bytes:
-    """The 80 bytes with a nonce of 0."""
-    return struct.pack("<I", job.version) + job.previous_block_hash + root + struct.pack("<III", time, job.bits, 0)
-
-
-def _next_stretch(stretch: int, took_s: float) -> int:
-    """The hashes that would take `STRETCH_S` at the speed just seen, in steps of at most 4."""
-    factor = STRETCH_S / max(took_s, 1e-6)
-    return max(1 << 8, min(1 << 30, int(stretch * max(0.25, min(4.0, factor)))))
 
 
 def _error_of(message: Mapping[str, object]) -> tuple[int, str]:

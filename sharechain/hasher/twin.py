@@ -6,7 +6,8 @@ return equal values and raise the same exceptions. The documentation of the inte
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sharechain.tagged import tagged_hash
@@ -70,12 +71,60 @@ def fold_merkle(leaf: bytes, branch: Sequence[bytes]) -> bytes:
     Source: Stratum's `merkle_branch`; Bitcoin Core, `ComputeMerkleRoot`.
     """
     for node in (*branch, leaf):
-        if len(node) != HASH_BYTES:
-            raise ValueError(f"a hash has {HASH_BYTES} bytes, got {len(node)}")
+        _require_hash(node)
     root = leaf
     for sibling in branch:
         root = sha256d(root + sibling)
     return root
+
+
+def merkle_roots(coinbases: Sequence[bytes], branches: Sequence[Sequence[bytes]]) -> list[bytes]:
+    """The merkle root of each block from its coinbase (without witness) and the branch beside it, as `fold_merkle`.
+
+    The extension hashes many side by side, on all cores, and leaves the other Python threads running.
+
+    Raises `ValueError` for a hash of another length than 32 bytes, and unless there are as many of both.
+    """
+    if len(coinbases) != len(branches):
+        raise ValueError(f"as many branches as coinbases, got {len(coinbases)} coinbases and {len(branches)} branches")
+    return [fold_merkle(sha256d(coinbase), branch) for coinbase, branch in zip(coinbases, branches, strict=True)]
+
+
+class SubmissionChecker:
+    """Hashes what miners of one job hand in, and compares it with the job's targets.
+
+    The coinbase is `prefix`, an extranonce, `suffix`, without witness; the extension hashes the prefix once. `branch`
+    is the coinbase's merkle branch; `previous_block_hash` and `bits` are the header's; `targets` are as many as wanted.
+
+    Raises `ValueError` for a hash that has not 32 bytes, `OverflowError` for a target out of range.
+    """
+
+    __slots__ = ("_bits", "_branch", "_prefix", "_previous_block_hash", "_suffix", "_targets")
+
+    def __init__(
+        self,
+        *,
+        prefix: bytes,
+        suffix: bytes,
+        branch: Sequence[bytes],
+        previous_block_hash: bytes,
+        bits: int,
+        targets: Sequence[int],
+    ) -> None:
+        for node in (*branch, previous_block_hash):
+            _require_hash(node)
+        for target in targets:
+            _require_target(target)
+        self._prefix, self._suffix, self._branch = prefix, suffix, branch
+        self._previous_block_hash, self._bits, self._targets = previous_block_hash, bits, targets
+
+    def check(self, extranonce: bytes, version: int, time: int, nonce: int) -> tuple[bytes, bytes, list[bool]]:
+        """The header of a submission, its hash, and for each target whether the hash is at most that."""
+        root = fold_merkle(sha256d(self._prefix + extranonce + self._suffix), self._branch)
+        header = struct.pack("<I32s32sIII", version, self._previous_block_hash, root, time, self._bits, nonce)
+        digest = sha256d(header)
+        number = int.from_bytes(digest, "little")
+        return header, digest, [number <= target for target in self._targets]
 
 
 class StopFlag:
@@ -108,17 +157,43 @@ class ScanResult:
     """The number of nonces tried, the found one included."""
 
 
-def scan_nonces(header: bytes, start: int, count: int, target: int, stop: StopFlag | None = None) -> ScanResult:
+def kernels() -> list[str]:
+    """The names of the kernels that this processor can run, fastest first; "python" alone is the twin's.
+
+    A kernel is the code that hashes, made for some processors: "avx512", "sha-ni", "avx2" (x86), "sha2" (ARM),
+    "portable" (all).
+    """
+    return [IMPLEMENTATION]
+
+
+def kernel() -> str:
+    """The name of the kernel in use: the fastest, unless `use_kernel` was called."""
+    return IMPLEMENTATION
+
+
+def use_kernel(name: str) -> None:
+    """Makes this kernel the one in use, for the whole process.
+
+    Raises `ValueError`, saying which there are, for another name than those of `kernels`.
+    """
+    _require_kernel(name)
+
+
+def scan_nonces(
+    header: bytes, start: int, count: int, target: int, stop: StopFlag | None = None, kernel: str | None = None
+) -> ScanResult:
     """Mines: tries the nonces `start` to `start + count - 1` in order and ends at the first that meets the target.
 
     `header` is 80 bytes, of which the last four, the nonce, are ignored; `target` is in 0..2^256 - 1. `stop` is
-    looked at before the first hash and after each 2^14.
+    looked at before the first hash and after each 2^14. `kernel` is one of `kernels`, None for the one in use.
 
-    Raises `ValueError` for a header of another length and for nonces outside 0..2^32 - 1, `OverflowError` for a
-    target out of range.
+    Raises `ValueError` for a header of another length, for nonces outside 0..2^32 - 1 and for a kernel that is not
+    there, `OverflowError` for a target out of range.
 
     Source: ours; Bitcoin Core's `GenerateBlock` is the same loop.
     """
+    if kernel is not None:
+        _require_kernel(kernel)
     _require_header(header)
     _require_target(target)
     if start < 0 or count < 0 or start + count > NONCES:
@@ -136,6 +211,143 @@ def scan_nonces(header: bytes, start: int, count: int, target: int, stop: StopFl
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Find:
+    """A header that meets its job's target."""
+
+    tag: int
+    """Of the job."""
+    extranonce: bytes
+    """What was put between the coinbase's prefix and suffix."""
+    version: int
+    time: int
+    nonce: int
+
+
+class Scanner:
+    """Threads that scan for a miner: from a job with room for an extranonce to headers, without end.
+
+    Each thread takes an extranonce that no other has and goes through the versions that may be rolled, and for each
+    through the nonces. Extranonces go on from job to job: two jobs that are equal do not mean the same headers. A new
+    job ends the work on the old one after at most 2^14 hashes of each thread.
+
+    The extension's threads work on their own, without the interpreter lock, and wait when 64 finds were not fetched.
+    The twin has no threads: it hashes in `wait`, up to 2^14 nonces, whatever the patience.
+
+    Mutable fields: `_work`, the headers left of the job in hand as a generator that yields what it found after some
+    hashes, None without a job; `_time`, the header time; `_extranonce`, the next number; `_hashes`.
+    """
+
+    def __init__(self, threads: int, kernel: str | None = None) -> None:
+        """`threads` is at least 1; `kernel` is one of `kernels`, None for the one in use.
+
+        Raises `ValueError` for no threads and for a kernel that is not there.
+        """
+        if threads == 0:
+            raise ValueError("a scanner has threads, got 0")
+        if kernel is not None:
+            _require_kernel(kernel)
+        self._work: Iterator[Find | None] | None = None
+        self._time = 0
+        self._extranonce = 0
+        self._hashes = 0
+
+    def start(
+        self,
+        *,
+        tag: int,
+        prefix: bytes,
+        extranonce_size: int,
+        suffix: bytes,
+        branch: Sequence[bytes],
+        version: int,
+        version_mask: int = 0,
+        previous_block_hash: bytes,
+        time: int,
+        bits: int,
+        target: int,
+        nonces: int = NONCES,
+    ) -> None:
+        """Gives all threads another job, at once.
+
+        `tag` comes back with what is found. The coinbase is `prefix`, an extranonce of `extranonce_size` bytes (of
+        which the last eight are counted up, big-endian), `suffix`; `branch` is its merkle branch. `version` with the
+        bits of `version_mask` in all ways, `previous_block_hash`, `time`, `bits` make the header; the first `nonces`
+        nonces of each are tried. `target` is what the hash must not exceed.
+
+        Raises `ValueError` for a hash that has not 32 bytes and for too many nonces, `OverflowError` for a target
+        out of range.
+        """
+        if nonces > NONCES:
+            raise ValueError(f"a header has 2^32 nonces, got {nonces}")
+        for node in (*branch, previous_block_hash):
+            _require_hash(node)
+        _require_target(target)
+        self._time = time
+
+        def headers() -> Iterator[Find | None]:
+            for _ in range(256**extranonce_size):
+                extranonce = (self._extranonce % 256 ** min(extranonce_size, 8)).to_bytes(extranonce_size, "big")
+                self._extranonce += 1
+                root = fold_merkle(sha256d(prefix + extranonce + suffix), branch)
+                rolled = 0
+                while True:
+                    rolling = version & ~version_mask | rolled
+                    at = 0
+                    while at < nonces:
+                        now = self._time
+                        header = struct.pack("<I32s32sIII", rolling, previous_block_hash, root, now, bits, 0)
+                        result = scan_nonces(header, at, min(_TWIN_SLICE, nonces - at), target)
+                        self._hashes += result.hashes
+                        at += result.hashes
+                        nonce = result.nonce
+                        yield (
+                            nonce
+                            if nonce is None
+                            else Find(tag=tag, extranonce=extranonce, version=rolling, time=now, nonce=nonce)
+                        )
+                    rolled = (rolled - version_mask) & version_mask
+                    if not rolled:
+                        break
+
+        self._work = headers()
+
+    def stop(self) -> None:
+        """Leaves the threads without a job."""
+        self._work = None
+
+    def set_time(self, time: int) -> None:
+        """Changes the header time of the job in hand, Unix seconds: nonces tried from now on have it."""
+        self._time = time
+
+    def wait(self, patience_ms: int) -> list[Find]:
+        """What was found since the last call, also for jobs that are over; waits for it for so long, in ms."""
+        until = self._hashes + POLL_INTERVAL
+        finds: list[Find] = []
+        work = self._work
+        while work is not None and work is self._work and not finds and self._hashes < until:
+            try:
+                find = next(work)
+            except StopIteration:
+                break
+            if find is not None:
+                finds.append(find)
+        return finds
+
+    @property
+    def hashes(self) -> int:
+        """The number of nonces tried so far, by all threads."""
+        return self._hashes
+
+    def close(self) -> None:
+        """Ends the threads and waits until they have ended. Nothing is found any more."""
+        self._work = None
+
+
+_TWIN_SLICE = 2**10
+"""The twin's `Scanner` looks this often, in hashes, whether there is another job: some ten milliseconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Draw:
     """The payouts of one block reward, as `WeightTable.draw` made them."""
 
@@ -148,6 +360,24 @@ class Draw:
     """The sum of their amounts, sat."""
     threshold: int
     """Entitlements from this amount on (sat) were paid exactly."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Payment:
+    """A coinbase that pays a window, as `WeightTable.pay` made it."""
+
+    outputs: bytes
+    """The window's payouts as Bitcoin TxOuts, in the order of `Draw.outputs`."""
+    count: int
+    """The number of outputs."""
+    finder_amount: int
+    """What the finder gets, sat; 0 if that would be dust and joined the first payout."""
+    threshold: int
+    """Entitlements from this amount on (sat) were paid exactly; 0 without a window."""
+    txid: bytes
+    """The hash of the coinbase without witness."""
+    merkle_root: bytes
+    """The root above it."""
 
 
 class WeightTable:
@@ -247,13 +477,7 @@ class WeightTable:
 
         Source: ours; systematic sampling with unequal probabilities (W. G. Madow, 1949).
         """
-        bounded = {"value": value, "payout_class": payout_class, "min_payout": min_payout, "dust": dust}
-        for name, number in bounded.items():
-            if not 0 <= number < AMOUNT_LIMIT:
-                raise OverflowError(f"{name} is in 0..2^63 - 1, got {number}")
-        for name, number in bounded.items():
-            if name != "value" and number == 0:
-                raise ValueError(f"{name} is at least 1, got 0")
+        _require_terms(value, payout_class, min_payout, dust)
         if not self._weights:
             raise ValueError("a draw needs at least one weight, got an empty table")
 
@@ -276,6 +500,76 @@ class WeightTable:
             count=len(paid),
             paid=sum(amounts.values()),
             threshold=threshold,
+        )
+
+    def pay(
+        self,
+        *,
+        value: int,
+        bonus: int,
+        payout_class: int,
+        min_payout: int,
+        dust: int,
+        seed: bytes,
+        coinbase_script: bytes,
+        finder_script: bytes,
+        witness_commitment: bytes | None,
+        commitment: bytes,
+        branch: Sequence[bytes],
+    ) -> Payment:
+        """From weights to the merkle root, the way of every share that is checked, in one call.
+
+        The window shares `value - bonus` by `draw`; `bonus` and what the draw left are the finder's, but join the first
+        payout where they are below `dust`. An empty table pays all to the finder. The coinbase has the outputs of the
+        window, of the finder, of the witness commitment (32 bytes, or None) and of the share commitment (32 bytes).
+
+        The same as `build_payouts`, `build_coinbase` and `fold_coinbase` one after the other, which say more.
+
+        Raises as `draw`, but for an empty table; `ValueError` for a bonus above the value, a script of more than 252
+        bytes and a hash of another length.
+        """
+        _require_terms(value, payout_class, min_payout, dust)
+        if not 0 <= bonus < AMOUNT_LIMIT:
+            raise OverflowError(f"bonus is in 0..2^63 - 1, got {bonus}")
+        if bonus > value:
+            raise ValueError(f"a bonus is part of the value {value}, got {bonus}")
+        for script in (coinbase_script, finder_script):
+            if len(script) > 0xFC:
+                raise ValueError(f"a script has at most 252 bytes, got {len(script)}")
+        for node in (commitment, *branch) if witness_commitment is None else (witness_commitment, commitment, *branch):
+            _require_hash(node)
+        drawn = Draw(outputs=b"", count=0, paid=0, threshold=0)
+        if self._weights:
+            drawn = self.draw(value - bonus, payout_class, min_payout, dust, seed)
+        outputs, finder_amount = drawn.outputs, value - drawn.paid
+        if drawn.count and finder_amount < dust:
+            outputs = (int.from_bytes(outputs[:8], "little") + finder_amount).to_bytes(8, "little") + outputs[8:]
+            finder_amount = 0
+        others = []
+        if finder_amount or not drawn.count:
+            others.append((finder_amount, finder_script))
+        if witness_commitment is not None:
+            others.append((0, bytes.fromhex("6a24aa21a9ed") + witness_commitment))
+        others.append((0, b"\x6a\x20" + commitment))
+        coinbase = b"".join(
+            (
+                struct.pack("<IB32sIB", 2, 1, bytes(32), 0xFFFFFFFF, len(coinbase_script)),
+                coinbase_script,
+                b"\xff\xff\xff\xff",
+                _compact_size(drawn.count + len(others)),
+                outputs,
+                *(struct.pack("<QB", amount, len(script)) + script for amount, script in others),
+                bytes(4),
+            )
+        )
+        txid = sha256d(coinbase)
+        return Payment(
+            outputs=outputs,
+            count=drawn.count,
+            finder_amount=finder_amount,
+            threshold=drawn.threshold,
+            txid=txid,
+            merkle_root=fold_merkle(txid, branch),
         )
 
 
@@ -343,9 +637,29 @@ def _least_in_stretch(
     return max(least, pool // (room + 1) + 1) if room else None
 
 
+def _require_kernel(name: str) -> None:
+    if name != IMPLEMENTATION:
+        raise ValueError(f'this processor has the kernels {IMPLEMENTATION}, got "{name}"')
+
+
 def _require_header(header: bytes) -> None:
     if len(header) != HEADER_BYTES:
         raise ValueError(f"a header has {HEADER_BYTES} bytes, got {len(header)}")
+
+
+def _require_terms(value: int, payout_class: int, min_payout: int, dust: int) -> None:
+    bounded = {"value": value, "payout_class": payout_class, "min_payout": min_payout, "dust": dust}
+    for name, number in bounded.items():
+        if not 0 <= number < AMOUNT_LIMIT:
+            raise OverflowError(f"{name} is in 0..2^63 - 1, got {number}")
+    for name, number in bounded.items():
+        if name != "value" and number == 0:
+            raise ValueError(f"{name} is at least 1, got 0")
+
+
+def _require_hash(node: bytes) -> None:
+    if len(node) != HASH_BYTES:
+        raise ValueError(f"a hash has {HASH_BYTES} bytes, got {len(node)}")
 
 
 def _require_target(target: int) -> None:

@@ -65,7 +65,7 @@ from p2pool.report import load_chain
 from sharechain.chain import Sharechain
 from sharechain.difficulty import bits_to_target, target_to_bits
 from sharechain.entry import ancestors
-from sharechain.hasher import scan_nonces
+from sharechain.hasher.twin import Find, Scanner
 from sharechain.params import NETWORKS
 from sharechain.share import Share, share_id
 from sharechain.validate import BlockFacts
@@ -112,22 +112,24 @@ class Probe(Miner):
     sent: dict[object, float]
     lines: Any
 
-    async def _hash(self, pool: Any) -> None:
+    async def _follow_scanner(self, pool: Any) -> None:
         self.sent = {}
         timed: Any = _Timed(pool, self.sent)
-        await super()._hash(timed)
-
-    async def _scan(self, header: bytes, start: int, count: int, job: Any) -> tuple[int | None, int]:
-        began = trio.current_time()
-        result = scan_nonces(header, start, min(count, STRETCH), job.target, job.stop)
-        await trio.sleep_until(began + max(result.hashes, 1) / HASHES_PER_S)
-        return result.nonce, result.hashes
+        await super()._follow_scanner(timed)
 
     def _on_answer(self, message: Any) -> None:
         began = self.sent.pop(message.get("id"), None)
         if began is not None:
             self.lines.write(f"{time.time():.4f} {1000 * (time.perf_counter() - began):.3f}\n")
         super()._on_answer(message)
+
+
+class SlowScanner(Scanner):
+    def wait(self, patience_ms: int) -> list[Find]:
+        before = self.hashes
+        finds = super().wait(patience_ms)
+        time.sleep(max(self.hashes - before, 1) / HASHES_PER_S)
+        return finds
 
 
 class _Timed:
@@ -145,7 +147,8 @@ def run_probe(port: int, file: str) -> None:
     with Path(file).open("a", buffering=1) as lines:
 
         async def main() -> None:
-            probe = Probe(user=USER, password="x", threads=1, on_event=None)
+            slow: Any = SlowScanner(1)
+            probe = Probe(user=USER, password="x", scanner=slow, on_event=None)
             probe.lines = lines
             while True:
                 await probe.run_connection("127.0.0.1", port, lambda: None)

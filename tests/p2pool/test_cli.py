@@ -168,6 +168,7 @@ def test_help_answers_without_loading_what_it_does_not_need(arguments: list[str]
         (["shares", "--last", "0"], "--last"),
         (["export", "--format", "xml"], "--format"),
         (["bench", "nonsense"], "one of"),
+        (["bench", "store", "--against", "true"], "only bench hasher compares"),
         (["demo", "--shares", "0"], "--shares"),
     ],
 )

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 import sharechain
 from sharechain import hasher as picked
+from sharechain.coinbase import build_coinbase, fold_coinbase
 from sharechain.hasher import twin
+from sharechain.payout import Payouts
 
 try:
     from sharechain import _native as native
@@ -99,6 +101,16 @@ def caught(call: Callable[[], object]) -> tuple[type[Exception], str] | None:
 # Which implementation
 
 
+def load_anew() -> ModuleType:
+    """The package as if it were imported for the first time."""
+    spec = importlib.util.spec_from_file_location("loaded_anew", picked.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_extension_is_picked_when_it_is_there() -> None:
     assert picked.IMPLEMENTATION == native.IMPLEMENTATION == "rust"
     assert picked.WeightTable is native.WeightTable
@@ -107,11 +119,8 @@ def test_extension_is_picked_when_it_is_there() -> None:
 def test_twin_is_picked_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sharechain._native", None)
     monkeypatch.delattr(sharechain, "_native")
-    spec = importlib.util.spec_from_file_location("without_extension", picked.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    monkeypatch.delenv("P2POOL_HASHER", raising=False)
+    module = load_anew()
     assert module.IMPLEMENTATION == "python"
     assert all(getattr(module, name) is getattr(twin, name) for name in picked.__all__)
 
@@ -261,6 +270,269 @@ def test_stop_flag_ends_a_scan_from_another_thread(hasher: ModuleType) -> None:
     assert results[0].hashes < 2**32
     assert results[0].hashes % 2**14 == 0
     assert hasher.scan_nonces(GENESIS, 0, 10, MAX_TARGET, stop) == hasher.ScanResult(nonce=None, hashes=0)
+
+
+@few
+@given(st.lists(st.tuples(st.binary(max_size=300), st.lists(hashes, max_size=4)), max_size=40))
+def test_merkle_roots_equal_one_by_one(batch: list[tuple[bytes, list[bytes]]]) -> None:
+    expected = [twin.fold_merkle(twin.sha256d(coinbase), branch) for coinbase, branch in batch]
+    for hasher in (native, twin):
+        assert hasher.merkle_roots([coinbase for coinbase, _ in batch], [branch for _, branch in batch]) == expected
+
+
+@both
+def test_batches_on_all_cores_keep_their_order(hasher: ModuleType) -> None:
+    rng = random.Random(3)
+    batch = [rng.randbytes(80) for _ in range(2000)]
+    levels = [[rng.randbytes(32)] * (i % 3) for i in range(2000)]
+    expected = [twin.fold_merkle(twin.sha256d(data), branch) for data, branch in zip(batch, levels, strict=True)]
+    assert hasher.merkle_roots(batch, levels) == expected
+    limits = [int.from_bytes(twin.sha256d(data), "little") - i % 2 for i, data in enumerate(batch)]
+    assert hasher.check_headers(batch, limits) == [i % 2 == 0 for i in range(2000)]
+    with pytest.raises(ValueError, match="got 2 coinbases and 1 branches"):
+        hasher.merkle_roots([b"", b""], [[]])
+    with pytest.raises(ValueError, match="a hash has 32 bytes, got 1"):
+        hasher.merkle_roots([b""], [[b"x"]])
+
+
+@few
+@given(
+    st.one_of(st.binary(max_size=200), st.binary(min_size=1000, max_size=1100)),
+    st.binary(max_size=16),
+    st.lists(hashes, max_size=12),
+    st.tuples(*[st.integers(0, 2**32 - 1)] * 4),
+    st.lists(targets, max_size=4),
+)
+def test_submissions_are_checked_as_by_hand(
+    part: bytes, extranonce: bytes, branch: list[bytes], numbers: tuple[int, ...], limits: list[int]
+) -> None:
+    version, time, bits, nonce = numbers
+    root = twin.fold_merkle(twin.sha256d(part + extranonce + part[::-1]), branch)
+    header = b"".join(
+        (version.to_bytes(4, "little"), bytes(32), root, *(n.to_bytes(4, "little") for n in (time, bits, nonce)))
+    )
+    digest = twin.sha256d(header)
+    number = int.from_bytes(digest, "little")
+    limits = [*limits, number, max(0, number - 1)]
+    for hasher in (native, twin):
+        checker = hasher.SubmissionChecker(
+            prefix=part, suffix=part[::-1], branch=branch, previous_block_hash=bytes(32), bits=bits, targets=limits
+        )
+        checked = checker.check(extranonce, version, time, nonce)
+        assert checked == (header, digest, [number <= limit for limit in limits])
+
+
+@both
+def test_submission_checker_faults(hasher: ModuleType) -> None:
+    good: dict[str, Any] = {"prefix": b"", "suffix": b"", "branch": [], "previous_block_hash": bytes(32), "bits": 0}
+    with pytest.raises(OverflowError, match="a target is in"):
+        hasher.SubmissionChecker(**good, targets=[-1])
+    for change in ({"branch": [b"x"]}, {"previous_block_hash": b"x"}):
+        with pytest.raises(ValueError, match="a hash has 32 bytes, got 1"):
+            hasher.SubmissionChecker(**good | change, targets=[])
+
+
+# The scanner
+
+SCAN_JOB: dict[str, Any] = {
+    "prefix": b"p" * 60,
+    "extranonce_size": 1,
+    "suffix": b"s" * 90,
+    "branch": [b"b" * 32, b"c" * 32],
+    "version": 0x2000_0001,
+    "version_mask": 0x0000_6000,
+    "previous_block_hash": b"q" * 32,
+    "time": 1_700_000_000,
+    "bits": 0x207FFFFF,
+    "target": MAX_TARGET // 2,
+}
+
+
+def header_of(job: dict[str, Any], find: Any) -> bytes:
+    coinbase = job["prefix"] + find.extranonce + job["suffix"]
+    root = twin.fold_merkle(twin.sha256d(coinbase), job["branch"])
+    head = find.version.to_bytes(4, "little") + job["previous_block_hash"] + root
+    return bytes(head + b"".join(word.to_bytes(4, "little") for word in (find.time, job["bits"], find.nonce)))
+
+
+def drain(scanner: Any, hashes: int) -> list[Any]:
+    """All that is found until so many nonces are tried."""
+    finds: list[Any] = []
+    while scanner.hashes < hashes or (more := scanner.wait(1)):
+        finds += scanner.wait(50) if scanner.hashes < hashes else more
+    return finds
+
+
+def test_a_scanner_tries_all_extranonces_versions_and_nonces_of_a_job_once_as_the_twin_does() -> None:
+    found = []
+    for hasher in (native, twin):
+        scanner = hasher.Scanner(3)
+        scanner.start(tag=7, nonces=3, **SCAN_JOB)
+        finds = drain(scanner, 256 * 4 * 3)
+        assert scanner.hashes == 256 * 4 * 3
+        headers = {header_of(SCAN_JOB, find) for find in finds}
+        assert len(headers) == len(finds)
+        assert all(twin.meets_target(header, SCAN_JOB["target"]) for header in headers)
+        assert {find.tag for find in finds} == {7}
+        assert {find.version for find in finds} == {0x2000_0001 | rolled << 13 for rolled in range(4)}
+        found.append(headers)
+        scanner.close()
+        assert scanner.wait(1) == []
+    assert found[0] == found[1]
+    assert len(found[0]) > 1000
+
+
+@pytest.mark.parametrize("kernel", native.kernels())
+def test_a_scanner_runs_on_any_kernel(kernel: str) -> None:
+    scanner = native.Scanner(1, kernel)
+    scanner.start(tag=1, nonces=40, **SCAN_JOB | {"extranonce_size": 0, "target": MAX_TARGET // 16})
+    finds = drain(scanner, 160)
+    assert scanner.hashes == 160
+    assert finds
+    assert all(twin.meets_target(header_of(SCAN_JOB, find), MAX_TARGET // 16) for find in finds)
+    scanner.close()
+
+
+@both
+def test_a_scanner_goes_over_to_another_job_and_another_time(hasher: ModuleType) -> None:
+    scanner = hasher.Scanner(2)
+    assert scanner.wait(1) == []
+    scanner.start(tag=1, **SCAN_JOB | {"target": 0})
+    scanner.wait(1)
+    scanner.start(tag=2, **SCAN_JOB)
+    finds: list[Any] = []
+    while not finds:
+        finds = scanner.wait(1000)
+    assert {find.tag for find in finds} == {2}
+    assert {find.time for find in finds} == {SCAN_JOB["time"]}
+    scanner.set_time(SCAN_JOB["time"] + 9)
+    while find_times(finds := scanner.wait(1000)) != {SCAN_JOB["time"] + 9}:
+        pass
+    scanner.stop()
+    while scanner.wait(10):
+        pass
+    done = scanner.hashes
+    assert scanner.wait(10) == []
+    assert scanner.hashes == done
+    scanner.close()
+
+
+def find_times(finds: list[Any]) -> set[int]:
+    return {find.time for find in finds}
+
+
+@both
+def test_equal_jobs_do_not_mean_the_same_headers(hasher: ModuleType) -> None:
+    scanner = hasher.Scanner(1)
+    headers = []
+    for tag in (1, 2):
+        scanner.start(tag=tag, nonces=1, **SCAN_JOB | {"extranonce_size": 9, "target": MAX_TARGET})
+        finds: list[Any] = []
+        while len(finds) < 8:
+            finds += [find for find in scanner.wait(1000) if find.tag == tag]
+        headers += [header_of(SCAN_JOB, find) for find in finds]
+    assert len(set(headers)) == len(headers)
+    scanner.close()
+
+
+@both
+def test_scanner_faults(hasher: ModuleType) -> None:
+    with pytest.raises(ValueError, match="a scanner has threads, got 0"):
+        hasher.Scanner(0)
+    with pytest.raises(ValueError, match='got "abacus"'):
+        hasher.Scanner(1, "abacus")
+    scanner = hasher.Scanner(1)
+    for change, fault, message in (
+        ({"branch": [b"x"]}, ValueError, "a hash has 32 bytes, got 1"),
+        ({"previous_block_hash": b"x"}, ValueError, "a hash has 32 bytes, got 1"),
+        ({"target": -1}, OverflowError, "a target is in"),
+        ({"nonces": 2**32 + 1}, ValueError, r"a header has 2\^32 nonces, got 4294967297"),
+    ):
+        with pytest.raises(fault, match=message):
+            scanner.start(tag=1, **SCAN_JOB | change)
+    scanner.close()
+
+
+# Kernels
+
+
+def test_kernels_have_names_and_the_first_is_in_use() -> None:
+    assert native.kernels()[-1] == "portable"
+    assert native.kernel() in native.kernels()
+    assert (twin.kernel(), twin.kernels()) == ("python", ["python"])
+
+
+@both
+def test_a_kernel_that_is_not_there_is_a_clear_error(hasher: ModuleType) -> None:
+    expected = f'^this processor has the kernels {", ".join(hasher.kernels())}, got "abacus"$'
+    calls: list[Callable[[], object]] = [
+        lambda: hasher.use_kernel("abacus"),
+        lambda: hasher.scan_nonces(GENESIS, 0, 1, 0, kernel="abacus"),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=expected):
+            call()
+
+
+@pytest.mark.parametrize("kernel", native.kernels())
+def test_any_kernel_can_be_made_the_one_in_use(kernel: str) -> None:
+    before = native.kernel()
+    try:
+        native.use_kernel(kernel)
+        assert native.kernel() == kernel
+        assert native.check_headers([GENESIS] * 40, [GENESIS_TARGET] * 39 + [1]) == [True] * 39 + [False]
+        assert native.scan_nonces(GENESIS, GENESIS_NONCE - 20, 40, GENESIS_TARGET).nonce == GENESIS_NONCE
+    finally:
+        native.use_kernel(before)
+
+
+@pytest.mark.parametrize("kernel", native.kernels())
+def test_every_kernel_finds_genesis_in_every_lane_and_at_the_ends_of_a_range(kernel: str) -> None:
+    for before in range(33):
+        start = GENESIS_NONCE - before
+        result = native.scan_nonces(GENESIS, start, before + 1, GENESIS_TARGET, kernel=kernel)
+        assert result == native.ScanResult(nonce=GENESIS_NONCE, hashes=before + 1)
+        assert native.scan_nonces(GENESIS, start, before, GENESIS_TARGET, kernel=kernel).nonce is None
+        assert native.scan_nonces(GENESIS, GENESIS_NONCE + 1, before, GENESIS_TARGET, kernel=kernel).nonce is None
+
+
+@pytest.mark.parametrize("kernel", native.kernels())
+@few
+@given(
+    st.one_of(headers, st.sampled_from([bytes(80), b"\xff" * 80])),
+    st.one_of(st.integers(0, 2**32 - 100), st.just(2**32 - 100)),
+    st.integers(0, 100),
+    st.sampled_from([1, 2, 10, 40, 10**6]),
+)
+def test_every_kernel_scans_as_the_twin(kernel: str, header: bytes, start: int, count: int, difficulty: int) -> None:
+    target = MAX_TARGET // difficulty
+    ours = native.scan_nonces(header, start, count, target, kernel=kernel)
+    theirs = twin.scan_nonces(header, start, count, target)
+    assert (ours.nonce, ours.hashes) == (theirs.nonce, theirs.hashes)
+
+
+@pytest.mark.parametrize("wanted", ["python", "portable", "abacus"])
+def test_the_environment_chooses_the_kernel(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = native.kernel()
+    monkeypatch.setenv("P2POOL_HASHER", wanted)
+    try:
+        if wanted == "abacus":
+            with pytest.raises(
+                ImportError, match=r'^P2POOL_HASHER: this processor has .*portable, got "abacus"; python'
+            ):
+                load_anew()
+        else:
+            assert load_anew().kernel() == wanted
+    finally:
+        native.use_kernel(before)
+
+
+def test_a_kernel_asked_for_without_the_extension_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("P2POOL_HASHER", "avx2")
+    monkeypatch.setitem(sys.modules, "sharechain._native", None)
+    monkeypatch.delattr(sharechain, "_native")
+    with pytest.raises(ImportError, match="P2POOL_HASHER=avx2 needs the native extension, which is not built"):
+        load_anew()
 
 
 # The weight table
@@ -509,3 +781,89 @@ def test_draw_faults(hasher: ModuleType) -> None:
         if name != "value":
             with pytest.raises(ValueError, match=f"^{name} is at least 1, got 0$"):
                 table.draw(**(good | {name: 0}), seed=b"")
+
+
+# From weights to the merkle root
+
+
+@pytest.mark.slow
+@settings(max_examples=100, deadline=None)
+@given(
+    st.one_of(st.just({}), tables),
+    st.integers(0, 10**10),
+    st.integers(0, 10**6),
+    st.integers(1, 300),
+    st.integers(1, 600),
+    st.tuples(st.binary(max_size=100), st.binary(max_size=34), st.one_of(st.none(), hashes), hashes),
+    st.lists(hashes, max_size=5),
+)
+def test_pay_equals_twin_and_its_parts(
+    contents: dict[bytes, int],
+    share: int,
+    bonus: int,
+    payout_class: int,
+    dust: int,
+    frame: tuple[bytes, bytes, bytes | None, bytes],
+    branch: list[bytes],
+) -> None:
+    coinbase_script, finder_script, witness_commitment, commitment = frame
+    paid = [
+        build_table(hasher, contents).pay(
+            value=share + bonus,
+            bonus=bonus,
+            payout_class=payout_class,
+            min_payout=5,
+            dust=dust,
+            seed=b"seed",
+            coinbase_script=coinbase_script,
+            finder_script=finder_script,
+            witness_commitment=witness_commitment,
+            commitment=commitment,
+            branch=branch,
+        )
+        for hasher in (native, twin)
+    ]
+    for name in ("outputs", "count", "finder_amount", "threshold", "txid", "merkle_root"):
+        assert getattr(paid[0], name) == getattr(paid[1], name), name
+    payment = paid[0]
+    amounts = sum(amount for amount, _ in parse_outputs(payment.outputs))
+    assert amounts + payment.finder_amount == share + bonus
+    payouts = Payouts(
+        outputs=payment.outputs,
+        count=payment.count,
+        finder_amount=payment.finder_amount,
+        threshold=payment.threshold,
+    )
+    coinbase = build_coinbase(coinbase_script, payouts, finder_script, witness_commitment, commitment)
+    assert payment.txid == twin.sha256d(coinbase)
+    assert payment.merkle_root == fold_coinbase(coinbase, tuple(branch))
+
+
+@both
+def test_pay_faults(hasher: ModuleType) -> None:
+    good: dict[str, Any] = {
+        "value": 10,
+        "bonus": 1,
+        "payout_class": 2,
+        "min_payout": 1,
+        "dust": 1,
+        "seed": b"",
+        "coinbase_script": b"",
+        "finder_script": b"",
+        "witness_commitment": None,
+        "commitment": bytes(32),
+        "branch": [],
+    }
+    table = build_table(hasher, {b"a": 1})
+    for change, fault, message in (
+        ({"bonus": 11}, ValueError, "a bonus is part of the value 10, got 11"),
+        ({"bonus": -1}, OverflowError, "bonus is in"),
+        ({"value": -1}, OverflowError, "value is in"),
+        ({"dust": 0}, ValueError, "dust is at least 1, got 0"),
+        ({"finder_script": bytes(253)}, ValueError, "a script has at most 252 bytes, got 253"),
+        ({"commitment": b"x"}, ValueError, "a hash has 32 bytes, got 1"),
+        ({"witness_commitment": b"x"}, ValueError, "a hash has 32 bytes, got 1"),
+        ({"branch": [b"x"]}, ValueError, "a hash has 32 bytes, got 1"),
+    ):
+        with pytest.raises(fault, match=message):
+            table.pay(**good | change)

@@ -246,7 +246,7 @@ impl<'a> Small<'a> {
     /// sort does the rest. The first 64 bits of two hashes are hardly ever equal.
     fn drawing_order(&self, seed: &[u8]) -> Vec<u32> {
         let mut keys = vec![0u64; self.scripts.len()];
-        Engine::best().digest_all(seed, &self.scripts, |i, digest| {
+        Engine::current().digest_all(seed, &self.scripts, |i, digest| {
             keys[i] = (digest[0] as u64) << 32 | digest[1] as u64;
         });
         let bits = keys.len().ilog2() + 1;

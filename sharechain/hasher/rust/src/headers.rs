@@ -1,8 +1,8 @@
 //! Proof of work: header hashes against targets, merkle branches and the nonce scan.
 #![forbid(unsafe_code)]
 
-use crate::sha256::{Engine, INITIAL, LANES, LaneBlock, LaneState, bytes_of, sha256d};
-use sha2::block_api::compress256;
+use crate::kernels::Job;
+use crate::sha256::{Engine, bytes_of, sha256d};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// A 256-bit target, least significant byte first, as a hash is.
@@ -14,7 +14,7 @@ pub type Header = [u8; 80];
 pub const POLL_INTERVAL: u64 = 1 << 14;
 
 /// Whether `hash <= target`, both read as little-endian integers.
-fn is_at_most(hash: &[u8; 32], target: &Target) -> bool {
+pub fn is_at_most(hash: &[u8; 32], target: &Target) -> bool {
     hash.iter().rev().le(target.iter().rev())
 }
 
@@ -23,18 +23,91 @@ pub fn meets_target(header: &Header, target: &Target) -> bool {
     is_at_most(&sha256d(header), target)
 }
 
+/// From so many on a batch is worth another thread: starting one costs some fifty microseconds.
+const BATCH_OF_A_THREAD: usize = 256;
+
+/// Has pieces of `0..len` done on all cores and joins what comes of them, in order.
+fn on_all_cores<T: Send>(
+    len: usize,
+    least: usize,
+    piece: impl Fn(std::ops::Range<usize>) -> Vec<T> + Sync,
+) -> Vec<T> {
+    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+    let threads = cores.min(len / least.max(1)).max(1);
+    if threads == 1 {
+        return piece(0..len);
+    }
+    let range = |thread: usize| len * thread / threads..len * (thread + 1) / threads;
+    std::thread::scope(|scope| {
+        let others: Vec<_> = (1..threads)
+            .map(|thread| {
+                let piece = &piece;
+                scope.spawn(move || piece(range(thread)))
+            })
+            .collect();
+        let mut all = piece(range(0));
+        for other in others {
+            match other.join() {
+                Ok(more) => all.extend(more),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        all
+    })
+}
+
+/// The double SHA-256 of each message, side by side.
+fn sha256d_all(messages: &[&[u8]]) -> Vec<[u8; 32]> {
+    let engine = Engine::current();
+    let mut inner = vec![[0; 32]; messages.len()];
+    engine.digest_all(&[], messages, |i, digest| inner[i] = bytes_of(&digest));
+    let views: Vec<&[u8]> = inner.iter().map(|hash| hash.as_slice()).collect();
+    let mut outer = vec![[0; 32]; messages.len()];
+    engine.digest_all(&[], &views, |i, digest| outer[i] = bytes_of(&digest));
+    outer
+}
+
 /// [`meets_target`] of each header and the target beside it.
 pub fn check_headers(headers: &[Header], targets: &[Target]) -> Vec<bool> {
-    let engine = Engine::best();
-    let mut met = vec![false; headers.len()];
-    let views: Vec<&[u8]> = headers.iter().map(|header| header.as_slice()).collect();
-    let mut inner = vec![[0; 32]; headers.len()];
-    engine.digest_all(&[], &views, |i, digest| inner[i] = bytes_of(&digest));
-    let views: Vec<&[u8]> = inner.iter().map(|hash| hash.as_slice()).collect();
-    engine.digest_all(&[], &views, |i, hash| {
-        met[i] = is_at_most(&bytes_of(&hash), &targets[i])
-    });
-    met
+    on_all_cores(headers.len(), BATCH_OF_A_THREAD, |range| {
+        let views: Vec<&[u8]> = headers[range.clone()]
+            .iter()
+            .map(|header| header.as_slice())
+            .collect();
+        let hashes = sha256d_all(&views);
+        hashes
+            .iter()
+            .zip(&targets[range])
+            .map(|(hash, target)| is_at_most(hash, target))
+            .collect()
+    })
+}
+
+/// The merkle root over each coinbase and the branch beside it.
+pub fn merkle_roots(coinbases: &[&[u8]], branches: &[Vec<[u8; 32]>]) -> Vec<[u8; 32]> {
+    on_all_cores(coinbases.len(), crate::sha256::LANES, |range| {
+        let mut roots = sha256d_all(&coinbases[range.clone()]);
+        let branches = &branches[range];
+        for level in 0..branches.iter().map(Vec::len).max().unwrap_or(0) {
+            let rising: Vec<usize> = (0..roots.len())
+                .filter(|&i| branches[i].len() > level)
+                .collect();
+            let pairs: Vec<[u8; 64]> = rising
+                .iter()
+                .map(|&i| {
+                    let mut pair = [0; 64];
+                    pair[..32].copy_from_slice(&roots[i]);
+                    pair[32..].copy_from_slice(&branches[i][level]);
+                    pair
+                })
+                .collect();
+            let views: Vec<&[u8]> = pairs.iter().map(|pair| pair.as_slice()).collect();
+            for (&i, hash) in rising.iter().zip(sha256d_all(&views)) {
+                roots[i] = hash;
+            }
+        }
+        roots
+    })
 }
 
 /// The merkle root over `leaf`, whose siblings are `branch`, lowest first, each on the right-hand side.
@@ -50,6 +123,7 @@ pub fn fold_merkle(leaf: [u8; 32], branch: &[[u8; 32]]) -> [u8; 32] {
 /// The first nonce in `start..start + count` whose header meets the target, and the number of hashes tried for it.
 /// `start + count` must not exceed 2^32.
 pub fn scan_nonces(
+    engine: Engine,
     header: &Header,
     start: u64,
     count: u64,
@@ -57,85 +131,63 @@ pub fn scan_nonces(
     stop: Option<&AtomicBool>,
 ) -> (Option<u32>, u64) {
     let stopped = || stop.is_some_and(|flag| flag.load(Ordering::Relaxed));
-    let scan = Scan::new(Engine::best(), header, target);
+    let scan = Scan::new(engine, header, target);
     let mut done = 0;
     while done < count && !stopped() {
-        let batch = POLL_INTERVAL.min(count - done);
-        for step in (0..batch).step_by(LANES) {
-            let nonce = start + done + step;
-            if let Some(lane) =
-                scan.first_lane(nonce as u32, (batch - step).min(LANES as u64) as usize)
-            {
-                let lane = lane as u64;
-                return (Some((nonce + lane) as u32), done + step + lane + 1);
-            }
+        let slice = POLL_INTERVAL.min(count - done);
+        if let Some(nonce) = scan.first(start + done, slice) {
+            return (Some(nonce), nonce as u64 - start + 1);
         }
-        done += batch;
+        done += slice;
     }
     (None, done)
 }
 
 /// What is the same for all nonces of one header.
-struct Scan {
+pub struct Scan {
     engine: Engine,
+    header: Header,
     target: Target,
-    /// The most significant 32 bits of the target: nearly all hashes fail on these.
-    target_top: u32,
-    /// The state after the first 64 bytes of the header.
-    midstate: LaneState,
-    /// The last 16 bytes of the header and the padding of 80 bytes; word 3 is the nonce's place.
-    tail: LaneBlock,
-    /// The padding of a 32-byte message; words 0 to 7 are the inner hash's place.
-    outer: LaneBlock,
+    job: Job,
 }
 
 impl Scan {
-    fn new(engine: Engine, header: &Header, target: &Target) -> Scan {
-        let mut first = [0; 64];
-        first.copy_from_slice(&header[..64]);
-        let mut midstate = INITIAL;
-        compress256(&mut midstate, &[first]);
-        let mut tail = [[0; LANES]; 16];
-        let (words, _) = header[64..].as_chunks::<4>();
-        for (lanes, word) in tail.iter_mut().zip(words) {
-            *lanes = [u32::from_be_bytes(*word); LANES];
-        }
-        tail[4] = [0x8000_0000; LANES];
-        tail[15] = [80 * 8; LANES];
-        let mut outer = [[0; LANES]; 16];
-        outer[8] = [0x8000_0000; LANES];
-        outer[15] = [32 * 8; LANES];
+    pub fn new(engine: Engine, header: &Header, target: &Target) -> Scan {
         Scan {
             engine,
+            header: *header,
             target: *target,
-            target_top: u32::from_le_bytes([target[28], target[29], target[30], target[31]]),
-            midstate: midstate.map(|word| [word; LANES]),
-            tail,
-            outer,
+            job: Job::new(header, target),
         }
     }
 
-    /// The first of the `lanes` nonces from `nonce` on that meets the target.
-    #[inline]
-    fn first_lane(&self, nonce: u32, lanes: usize) -> Option<usize> {
-        let mut tail = self.tail;
-        for (lane, word) in tail[3].iter_mut().enumerate() {
-            *word = nonce.wrapping_add(lane as u32).swap_bytes();
+    /// The first of `count` nonces from `start` on that meets the target. The last must not exceed 2^32 - 1.
+    ///
+    /// Batches begin at multiples of their size, so the first and the last may reach over the ends.
+    pub fn first(&self, start: u64, count: u64) -> Option<u32> {
+        let size = self.engine.batch() as u64;
+        let end = start + count;
+        let mut at = start - start % size;
+        while at < end {
+            let batches = (end - at).div_ceil(size) as u32;
+            let (batch, hits) = self.engine.scan(&self.job, at as u32, batches)?;
+            at += batch as u64 * size;
+            let found = (0..size)
+                .filter(|lane| hits >> lane & 1 == 1)
+                .map(|lane| at + lane)
+                .find(|nonce| (start..end).contains(nonce) && self.meets_target(*nonce as u32));
+            if let Some(nonce) = found {
+                return Some(nonce as u32);
+            }
+            at += size;
         }
-        let mut inner = self.midstate;
-        self.engine.compress(&mut inner, &tail);
-        let mut block = self.outer;
-        block[..8].copy_from_slice(&inner);
-        let mut state = INITIAL.map(|word| [word; LANES]);
-        self.engine.compress(&mut state, &block);
-        let close = state[7].iter().fold(false, |any, word| {
-            any | (word.swap_bytes() <= self.target_top)
-        });
-        if !close {
-            return None;
-        }
-        (0..lanes)
-            .find(|&lane| is_at_most(&bytes_of(&state.map(|words| words[lane])), &self.target))
+        None
+    }
+
+    fn meets_target(&self, nonce: u32) -> bool {
+        let mut header = self.header;
+        header[76..].copy_from_slice(&nonce.to_le_bytes());
+        meets_target(&header, &self.target)
     }
 }
 
@@ -177,30 +229,113 @@ mod tests {
     }
 
     #[test]
-    fn test_scan_finds_genesis_by_every_engine() {
+    fn test_every_engine_finds_genesis() {
         for engine in Engine::available() {
             let scan = Scan::new(engine, &genesis(), &genesis_target());
-            assert_eq!(scan.first_lane(2_083_236_890, 16), Some(3), "{engine:?}");
-            assert_eq!(scan.first_lane(2_083_236_890, 3), None, "{engine:?}");
+            assert_eq!(
+                scan.first(2_083_236_890, 4),
+                Some(2_083_236_893),
+                "{engine:?}"
+            );
+            assert_eq!(scan.first(2_083_236_890, 3), None, "{engine:?}");
+            assert_eq!(scan.first(2_083_236_894, 3), None, "{engine:?}");
+            let found = scan_nonces(
+                engine,
+                &genesis(),
+                2_083_200_000,
+                40_000,
+                &genesis_target(),
+                None,
+            );
+            assert_eq!(found, (Some(2_083_236_893), 36_894));
         }
-        let found = scan_nonces(&genesis(), 2_083_200_000, 1 << 20, &genesis_target(), None);
-        assert_eq!(found, (Some(2_083_236_893), 36_894));
+    }
+
+    /// The nonces of a range that meet a target, one full hash each.
+    fn slow(header: &Header, start: u64, count: u64, target: &Target) -> Vec<u32> {
+        let mut header = *header;
+        (start..start + count)
+            .map(|nonce| nonce as u32)
+            .filter(|nonce| {
+                header[76..].copy_from_slice(&nonce.to_le_bytes());
+                meets_target(&header, target)
+            })
+            .collect()
+    }
+
+    fn random_headers() -> impl Iterator<Item = Header> {
+        let random = (0..4u8).map(|salt| {
+            let mut header = [0; 80];
+            header[..32].copy_from_slice(&sha256d(&[salt]));
+            header[32..64].copy_from_slice(&sha256d(&[salt, 1]));
+            header[64..80].copy_from_slice(&sha256d(&[salt, 2])[..16]);
+            header
+        });
+        random.chain([[0; 80], [0xff; 80], genesis()])
+    }
+
+    /// Every nonce of a range is found, one after another, whatever the lane and wherever the range begins or ends.
+    #[test]
+    fn test_every_engine_finds_what_full_hashes_find() {
+        for (i, header) in random_headers().enumerate() {
+            for start in [
+                0,
+                1,
+                15,
+                0x00ff_fff0 + i as u64,
+                0x1234_5678,
+                (1 << 32) - 100,
+            ] {
+                for zeros in [0, 1, 3, 8] {
+                    let mut target = [0xff; 32];
+                    target[31] = (0xffu32 >> zeros) as u8;
+                    let count = 100 - i as u64;
+                    let expected = slow(&header, start, count, &target);
+                    for engine in Engine::available() {
+                        let scan = Scan::new(engine, &header, &target);
+                        let (mut found, mut at) = (Vec::new(), start);
+                        while let Some(nonce) = scan.first(at, start + count - at) {
+                            found.push(nonce);
+                            at = nonce as u64 + 1;
+                        }
+                        assert_eq!(found, expected, "{engine:?}, from {start}");
+                    }
+                }
+            }
+        }
+    }
+
+    /// The exact hash of each lane is found and a target one less is not.
+    #[test]
+    fn test_every_lane_of_every_engine_is_exact() {
+        for engine in Engine::available() {
+            for header in random_headers() {
+                for nonce in (1 << 32) - 2 * engine.batch() as u64..1 << 32 {
+                    let mut whole = header;
+                    whole[76..].copy_from_slice(&(nonce as u32).to_le_bytes());
+                    let hash = sha256d(&whole);
+                    let found = Scan::new(engine, &header, &hash).first(nonce, 1);
+                    assert_eq!(found, Some(nonce as u32), "{engine:?}");
+                    let mut harder = hash;
+                    harder[0] = harder[0].wrapping_sub(1);
+                    if harder[0] < hash[0] {
+                        assert_eq!(Scan::new(engine, &header, &harder).first(nonce, 1), None);
+                    }
+                }
+            }
+        }
     }
 
     #[test]
     fn test_scan_reaches_the_last_nonce_and_obeys_the_flag() {
-        assert_eq!(
-            scan_nonces(&genesis(), u32::MAX as u64, 1, &[0xff; 32], None),
-            (Some(u32::MAX), 1)
-        );
-        assert_eq!(
-            scan_nonces(&genesis(), (1 << 32) - 21, 21, &[0; 32], None),
-            (None, 21)
-        );
-        let stop = AtomicBool::new(true);
-        assert_eq!(
-            scan_nonces(&genesis(), 0, 100, &[0xff; 32], Some(&stop)),
-            (None, 0)
-        );
+        for engine in Engine::available() {
+            let scan = |start, count, target: u8, stop| {
+                scan_nonces(engine, &genesis(), start, count, &[target; 32], stop)
+            };
+            assert_eq!(scan(u32::MAX as u64, 1, 0xff, None), (Some(u32::MAX), 1));
+            assert_eq!(scan((1 << 32) - 21, 21, 0, None), (None, 21));
+            let stop = AtomicBool::new(true);
+            assert_eq!(scan(0, 100, 0xff, Some(&stop)), (None, 0));
+        }
     }
 }

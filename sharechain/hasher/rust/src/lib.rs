@@ -8,7 +8,10 @@
 mod buckets;
 mod draw;
 mod headers;
+mod kernels;
+mod payment;
 #[cfg(feature = "python")]
 mod python;
+mod scanner;
 mod sha256;
 mod weights;

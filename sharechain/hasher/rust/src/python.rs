@@ -1,14 +1,17 @@
 //! The Python bindings of `sharechain._native`. No Python type is used in any other file.
 //!
 //! `sharechain/hasher/__init__.py` documents the interface and `sharechain/hasher/twin.py` is its reference.
-use crate::{draw, headers, sha256, weights};
+use crate::sha256::Engine;
+use crate::{draw, headers, payment, scanner, sha256, weights};
 use pyo3::exceptions::{PyOverflowError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyInt};
+use sha2::{Digest, Sha256};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 const NONCES: u64 = 1 << 32;
 
@@ -62,6 +65,22 @@ fn magnitude_of(weight: &Bound<'_, PyInt>) -> PyResult<(u128, bool)> {
     let bytes = little_endian::<16>(magnitude.cast()?)
         .map_err(|_| PyOverflowError::new_err(format!("a weight is below 2^128, got {weight}")))?;
     Ok((u128::from_le_bytes(bytes), weight.lt(0)?))
+}
+
+/// The double SHA-256 of a message of any length.
+fn sha256d_of(py: Python<'_>, data: &[u8]) -> PyResult<[u8; 32]> {
+    if data.len() < LONG_MESSAGE {
+        return Ok(sha256::sha256d(data));
+    }
+    hash_of(
+        sha256d(py, &PyBytes::new(py, data))?
+            .cast::<PyBytes>()?
+            .as_bytes(),
+    )
+}
+
+fn hashes_of(hashes: &[Bound<'_, PyBytes>]) -> PyResult<Vec<[u8; 32]>> {
+    hashes.iter().map(|hash| hash_of(hash.as_bytes())).collect()
 }
 
 #[pyfunction]
@@ -126,6 +145,95 @@ fn fold_merkle<'py>(
     ))
 }
 
+#[pyfunction]
+fn merkle_roots<'py>(
+    py: Python<'py>,
+    coinbases: Vec<Bound<'py, PyBytes>>,
+    branches: Vec<Vec<Bound<'py, PyBytes>>>,
+) -> PyResult<Vec<Bound<'py, PyBytes>>> {
+    if coinbases.len() != branches.len() {
+        return Err(PyValueError::new_err(format!(
+            "as many branches as coinbases, got {} coinbases and {} branches",
+            coinbases.len(),
+            branches.len()
+        )));
+    }
+    let branches = branches
+        .iter()
+        .map(|branch| hashes_of(branch))
+        .collect::<PyResult<Vec<_>>>()?;
+    let views: Vec<&[u8]> = coinbases.iter().map(|bytes| bytes.as_bytes()).collect();
+    let roots = py.detach(|| headers::merkle_roots(&views, &branches));
+    Ok(roots.iter().map(|root| PyBytes::new(py, root)).collect())
+}
+
+#[pyclass(module = "sharechain._native", frozen)]
+struct SubmissionChecker {
+    /// The hash of the coinbase up to the extranonce.
+    start: Sha256,
+    prefix: Vec<u8>,
+    suffix: Vec<u8>,
+    branch: Vec<[u8; 32]>,
+    previous_block_hash: [u8; 32],
+    bits: u32,
+    targets: Vec<headers::Target>,
+}
+
+#[pymethods]
+impl SubmissionChecker {
+    #[new]
+    #[pyo3(signature = (*, prefix, suffix, branch, previous_block_hash, bits, targets))]
+    fn new(
+        prefix: Vec<u8>,
+        suffix: Vec<u8>,
+        branch: Vec<Bound<'_, PyBytes>>,
+        previous_block_hash: &[u8],
+        bits: u32,
+        targets: Vec<Bound<'_, PyInt>>,
+    ) -> PyResult<Self> {
+        Ok(SubmissionChecker {
+            start: Sha256::new_with_prefix(&prefix),
+            prefix,
+            suffix,
+            branch: hashes_of(&branch)?,
+            previous_block_hash: hash_of(previous_block_hash)?,
+            bits,
+            targets: targets.iter().map(target_of).collect::<PyResult<_>>()?,
+        })
+    }
+
+    fn check<'py>(
+        &self,
+        py: Python<'py>,
+        extranonce: &[u8],
+        version: u32,
+        time: u32,
+        nonce: u32,
+    ) -> PyResult<(Bound<'py, PyBytes>, Bound<'py, PyBytes>, Vec<bool>)> {
+        let size = self.prefix.len() + extranonce.len() + self.suffix.len();
+        let txid = if size < LONG_MESSAGE {
+            let hash = self.start.clone().chain_update(extranonce);
+            sha256::sha256(&hash.chain_update(&self.suffix).finalize())
+        } else {
+            sha256d_of(py, &[&self.prefix, extranonce, &self.suffix].concat())?
+        };
+        let mut header = [0; 80];
+        header[..4].copy_from_slice(&version.to_le_bytes());
+        header[4..36].copy_from_slice(&self.previous_block_hash);
+        header[36..68].copy_from_slice(&headers::fold_merkle(txid, &self.branch));
+        header[68..72].copy_from_slice(&time.to_le_bytes());
+        header[72..76].copy_from_slice(&self.bits.to_le_bytes());
+        header[76..].copy_from_slice(&nonce.to_le_bytes());
+        let hash = sha256::sha256d(&header);
+        let met = self
+            .targets
+            .iter()
+            .map(|target| headers::is_at_most(&hash, target))
+            .collect();
+        Ok((PyBytes::new(py, &header), PyBytes::new(py, &hash), met))
+    }
+}
+
 #[pyclass(module = "sharechain._native", frozen)]
 struct StopFlag(Arc<AtomicBool>);
 
@@ -167,7 +275,36 @@ impl ScanResult {
 }
 
 #[pyfunction]
-#[pyo3(signature = (header, start, count, target, stop=None))]
+fn kernels() -> Vec<&'static str> {
+    Engine::available().into_iter().map(Engine::name).collect()
+}
+
+#[pyfunction]
+fn kernel() -> &'static str {
+    Engine::current().name()
+}
+
+#[pyfunction]
+fn use_kernel(name: &str) -> PyResult<()> {
+    engine_of(Some(name))?.set_current();
+    Ok(())
+}
+
+/// The engine of this name, or the one in use.
+fn engine_of(name: Option<&str>) -> PyResult<Engine> {
+    let Some(name) = name else {
+        return Ok(Engine::current());
+    };
+    Engine::named(name).ok_or_else(|| {
+        PyValueError::new_err(format!(
+            "this processor has the kernels {}, got {name:?}",
+            kernels().join(", ")
+        ))
+    })
+}
+
+#[pyfunction]
+#[pyo3(signature = (header, start, count, target, stop=None, kernel=None))]
 fn scan_nonces(
     py: Python<'_>,
     header: &[u8],
@@ -175,7 +312,9 @@ fn scan_nonces(
     count: &Bound<'_, PyInt>,
     target: &Bound<'_, PyInt>,
     stop: Option<&Bound<'_, StopFlag>>,
+    kernel: Option<&str>,
 ) -> PyResult<ScanResult> {
+    let engine = engine_of(kernel)?;
     let header = header_of(header)?;
     let target = target_of(target)?;
     let (start, count) = match (start.extract::<u64>(), count.extract::<u64>()) {
@@ -188,8 +327,124 @@ fn scan_nonces(
     };
     let stop = stop.map(|flag| flag.get().0.clone());
     let (nonce, hashes) =
-        py.detach(|| headers::scan_nonces(&header, start, count, &target, stop.as_deref()));
+        py.detach(|| headers::scan_nonces(engine, &header, start, count, &target, stop.as_deref()));
     Ok(ScanResult { nonce, hashes })
+}
+
+#[pyclass(module = "sharechain._native", frozen, eq, hash)]
+#[derive(PartialEq, Eq, Hash)]
+struct Find(scanner::Find);
+
+#[pymethods]
+impl Find {
+    #[getter]
+    fn tag(&self) -> u64 {
+        self.0.tag
+    }
+
+    #[getter]
+    fn extranonce<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.0.extranonce)
+    }
+
+    #[getter]
+    fn version(&self) -> u32 {
+        self.0.version
+    }
+
+    #[getter]
+    fn time(&self) -> u32 {
+        self.0.time
+    }
+
+    #[getter]
+    fn nonce(&self) -> u32 {
+        self.0.nonce
+    }
+}
+
+#[pyclass(module = "sharechain._native", frozen)]
+struct Scanner(scanner::Scanner);
+
+#[pymethods]
+impl Scanner {
+    #[new]
+    #[pyo3(signature = (threads, kernel=None))]
+    fn new(threads: usize, kernel: Option<&str>) -> PyResult<Self> {
+        if threads == 0 {
+            return Err(PyValueError::new_err("a scanner has threads, got 0"));
+        }
+        Ok(Scanner(scanner::Scanner::new(engine_of(kernel)?, threads)?))
+    }
+
+    #[pyo3(signature = (
+        *, tag, prefix, extranonce_size, suffix, branch, version, version_mask=0, previous_block_hash, time, bits,
+        target, nonces=NONCES
+    ))]
+    #[allow(clippy::too_many_arguments)]
+    fn start(
+        &self,
+        py: Python<'_>,
+        tag: u64,
+        prefix: Vec<u8>,
+        extranonce_size: usize,
+        suffix: Vec<u8>,
+        branch: Vec<Bound<'_, PyBytes>>,
+        version: u32,
+        version_mask: u32,
+        previous_block_hash: &[u8],
+        time: u32,
+        bits: u32,
+        target: &Bound<'_, PyInt>,
+        nonces: u64,
+    ) -> PyResult<()> {
+        if nonces > NONCES {
+            return Err(PyValueError::new_err(format!(
+                "a header has 2^32 nonces, got {nonces}"
+            )));
+        }
+        let job = scanner::Job {
+            tag,
+            prefix,
+            suffix,
+            extranonce_size,
+            branch: branch
+                .iter()
+                .map(|hash| hash_of(hash.as_bytes()))
+                .collect::<PyResult<_>>()?,
+            version,
+            version_mask,
+            previous_block_hash: hash_of(previous_block_hash)?,
+            time,
+            bits,
+            target: target_of(target)?,
+            nonces,
+        };
+        py.detach(|| self.0.start(Some(job)));
+        Ok(())
+    }
+
+    fn stop(&self, py: Python<'_>) {
+        py.detach(|| self.0.start(None));
+    }
+
+    fn set_time(&self, py: Python<'_>, time: u32) {
+        py.detach(|| self.0.set_time(time));
+    }
+
+    fn wait(&self, py: Python<'_>, patience_ms: u64) -> Vec<Find> {
+        let finds = py.detach(|| self.0.wait(Duration::from_millis(patience_ms)));
+        finds.into_iter().map(Find).collect()
+    }
+
+    #[getter]
+    fn hashes(&self) -> u64 {
+        self.0.hashes()
+    }
+
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.0.close());
+    }
 }
 
 #[pyclass(module = "sharechain._native", frozen, eq, hash)]
@@ -228,6 +483,65 @@ impl Draw {
             self.count, self.paid, self.threshold
         )
     }
+}
+
+#[pyclass(module = "sharechain._native", frozen, eq, hash)]
+#[derive(PartialEq, Eq, Hash)]
+struct Payment {
+    outputs: Vec<u8>,
+    #[pyo3(get)]
+    count: usize,
+    #[pyo3(get)]
+    finder_amount: u64,
+    #[pyo3(get)]
+    threshold: u64,
+    txid: [u8; 32],
+    merkle_root: [u8; 32],
+}
+
+#[pymethods]
+impl Payment {
+    #[getter]
+    fn outputs<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.outputs)
+    }
+
+    #[getter]
+    fn txid<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.txid)
+    }
+
+    #[getter]
+    fn merkle_root<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.merkle_root)
+    }
+}
+
+/// The four numbers of a draw; all but the value are at least 1.
+fn terms_of(
+    value: &Bound<'_, PyInt>,
+    payout_class: &Bound<'_, PyInt>,
+    min_payout: &Bound<'_, PyInt>,
+    dust: &Bound<'_, PyInt>,
+) -> PyResult<draw::Terms> {
+    let terms = draw::Terms {
+        value: amount_of("value", value)?,
+        payout_class: amount_of("payout_class", payout_class)?,
+        min_payout: amount_of("min_payout", min_payout)?,
+        dust: amount_of("dust", dust)?,
+    };
+    for (name, number) in [
+        ("payout_class", terms.payout_class),
+        ("min_payout", terms.min_payout),
+        ("dust", terms.dust),
+    ] {
+        if number == 0 {
+            return Err(PyValueError::new_err(format!(
+                "{name} is at least 1, got 0"
+            )));
+        }
+    }
+    Ok(terms)
 }
 
 #[pyclass(module = "sharechain._native")]
@@ -289,23 +603,7 @@ impl WeightTable {
         dust: &Bound<'_, PyInt>,
         seed: &[u8],
     ) -> PyResult<Draw> {
-        let terms = draw::Terms {
-            value: amount_of("value", value)?,
-            payout_class: amount_of("payout_class", payout_class)?,
-            min_payout: amount_of("min_payout", min_payout)?,
-            dust: amount_of("dust", dust)?,
-        };
-        for (name, number) in [
-            ("payout_class", terms.payout_class),
-            ("min_payout", terms.min_payout),
-            ("dust", terms.dust),
-        ] {
-            if number == 0 {
-                return Err(PyValueError::new_err(format!(
-                    "{name} is at least 1, got 0"
-                )));
-            }
-        }
+        let terms = terms_of(value, payout_class, min_payout, dust)?;
         // The interpreter lock is kept: this takes less than a fraction of the interval after which another thread
         // would be let in anyway, and the table must not change meanwhile.
         let draw::Draw {
@@ -323,6 +621,59 @@ impl WeightTable {
             threshold,
         })
     }
+
+    #[pyo3(signature = (
+        *, value, bonus, payout_class, min_payout, dust, seed, coinbase_script, finder_script, witness_commitment,
+        commitment, branch
+    ))]
+    #[allow(clippy::too_many_arguments)]
+    fn pay(
+        &self,
+        py: Python<'_>,
+        value: &Bound<'_, PyInt>,
+        bonus: &Bound<'_, PyInt>,
+        payout_class: &Bound<'_, PyInt>,
+        min_payout: &Bound<'_, PyInt>,
+        dust: &Bound<'_, PyInt>,
+        seed: &[u8],
+        coinbase_script: &[u8],
+        finder_script: &[u8],
+        witness_commitment: Option<&[u8]>,
+        commitment: &[u8],
+        branch: Vec<Bound<'_, PyBytes>>,
+    ) -> PyResult<Payment> {
+        let mut terms = terms_of(value, payout_class, min_payout, dust)?;
+        let bonus = amount_of("bonus", bonus)?;
+        terms.value = terms.value.checked_sub(bonus).ok_or_else(|| {
+            PyValueError::new_err(format!("a bonus is part of the value {value}, got {bonus}"))
+        })?;
+        for script in [coinbase_script, finder_script] {
+            if script.len() >= 0xfd {
+                return Err(PyValueError::new_err(format!(
+                    "a script has at most 252 bytes, got {}",
+                    script.len()
+                )));
+            }
+        }
+        let witness_commitment = witness_commitment.map(hash_of).transpose()?;
+        let frame = payment::Frame {
+            coinbase_script,
+            finder_script,
+            witness_commitment: witness_commitment.as_ref(),
+            commitment: &hash_of(commitment)?,
+        };
+        let branch = hashes_of(&branch)?;
+        let payment = payment::pay(&self.0, &terms, bonus, seed, &frame);
+        let txid = sha256d_of(py, &payment.coinbase)?;
+        Ok(Payment {
+            outputs: payment.outputs,
+            count: payment.count,
+            finder_amount: payment.finder_amount,
+            threshold: payment.threshold,
+            txid,
+            merkle_root: headers::fold_merkle(txid, &branch),
+        })
+    }
 }
 
 #[pymodule]
@@ -331,7 +682,8 @@ mod _native {
     const IMPLEMENTATION: &str = "rust";
     #[pymodule_export]
     use super::{
-        Draw, ScanResult, StopFlag, WeightTable, check_headers, fold_merkle, meets_target,
-        scan_nonces, sha256d,
+        Draw, Find, Payment, ScanResult, Scanner, StopFlag, SubmissionChecker, WeightTable,
+        check_headers, fold_merkle, kernel, kernels, meets_target, merkle_roots, scan_nonces,
+        sha256d, use_kernel,
     };
 }

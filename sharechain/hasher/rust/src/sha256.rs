@@ -6,10 +6,13 @@
 //! compiler turns that loop into vector instructions. Only the choice between those copies needs `unsafe`.
 //!
 //! Where the processor has SHA instructions but no AVX-512, the `sha2` crate does the lanes one after another.
+//!
+//! The nonce scan, where every instruction counts, has kernels of its own in `kernels.rs`.
 
 use crate::buckets::order_by_bucket;
 use sha2::block_api::compress256;
 use sha2::{Digest, Sha256};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Messages hashed side by side.
 pub const LANES: usize = 16;
@@ -31,7 +34,7 @@ pub const INITIAL: [u32; 8] = [
 
 /// The round constants (FIPS 180-4, 4.2.2).
 #[rustfmt::skip]
-const K: [u32; 64] = [
+pub const K: [u32; 64] = [
     0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
     0xd807aa98, 0x12835b01, 0x243185be, 0x550c7dc3, 0x72be5d74, 0x80deb1fe, 0x9bdc06a7, 0xc19bf174,
     0xe49b69c1, 0xefbe4786, 0x0fc19dc6, 0x240ca1cc, 0x2de92c6f, 0x4a7484aa, 0x5cb0a9dc, 0x76f988da,
@@ -172,6 +175,7 @@ fn compress_portable(state: &mut LaneState, block: &LaneBlock) {
 }
 
 /// One lane after another by the `sha2` crate, which knows the SHA instructions of x86 and ARM.
+#[cfg(any(test, target_arch = "x86_64", target_arch = "aarch64"))]
 fn compress_one_by_one(state: &mut LaneState, block: &LaneBlock) {
     for lane in 0..LANES {
         let mut one = state.map(|words| words[lane]);
@@ -186,20 +190,24 @@ fn compress_one_by_one(state: &mut LaneState, block: &LaneBlock) {
     }
 }
 
-/// A way to compress sixteen blocks. Values are made only by [`Engine::available`], so a value proves that this
-/// processor can run it.
+/// A way to hash. Values are made only by [`Engine::available`], so a value proves that this processor can run it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Engine(Kind);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub(crate) enum Kind {
     #[cfg(target_arch = "x86_64")]
     Avx512,
     #[cfg(target_arch = "x86_64")]
     Avx2,
-    OneByOne,
+    /// SHA instructions, of x86 or of ARM.
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    Sha,
     Portable,
 }
+
+/// The position in [`Engine::available`] of the engine in use.
+static CURRENT: AtomicUsize = AtomicUsize::new(0);
 
 impl Engine {
     /// The engines that this processor can run, fastest first.
@@ -207,40 +215,74 @@ impl Engine {
         let mut kinds = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
-            let sha = std::is_x86_feature_detected!("sha");
             if std::is_x86_feature_detected!("avx512f") {
                 kinds.push(Kind::Avx512);
             }
-            if sha {
-                kinds.push(Kind::OneByOne);
+            let sha = cfg!(feature = "emulated-sha") || std::is_x86_feature_detected!("sha");
+            if sha
+                && std::is_x86_feature_detected!("ssse3")
+                && std::is_x86_feature_detected!("sse4.1")
+            {
+                kinds.push(Kind::Sha);
             }
             if std::is_x86_feature_detected!("avx2") {
                 kinds.push(Kind::Avx2);
             }
-            kinds.push(Kind::Portable);
-            if !sha {
-                kinds.push(Kind::OneByOne);
-            }
         }
-        #[cfg(not(target_arch = "x86_64"))]
+        #[cfg(target_arch = "aarch64")]
+        if std::arch::is_aarch64_feature_detected!("neon")
+            && std::arch::is_aarch64_feature_detected!("sha2")
         {
-            #[cfg(target_arch = "aarch64")]
-            let sha = std::arch::is_aarch64_feature_detected!("sha2");
-            #[cfg(not(target_arch = "aarch64"))]
-            let sha = false;
-            if sha {
-                kinds.extend([Kind::OneByOne, Kind::Portable]);
-            } else {
-                kinds.extend([Kind::Portable, Kind::OneByOne]);
-            }
+            kinds.push(Kind::Sha);
         }
+        kinds.push(Kind::Portable);
         kinds.into_iter().map(Engine).collect()
     }
 
-    /// The fastest engine of this processor.
-    pub fn best() -> Engine {
-        static BEST: std::sync::OnceLock<Engine> = std::sync::OnceLock::new();
-        *BEST.get_or_init(|| Engine::available()[0])
+    /// What it is called on the outside.
+    pub fn name(self) -> &'static str {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2 => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Sha => "sha-ni",
+            #[cfg(target_arch = "aarch64")]
+            Kind::Sha => "sha2",
+            Kind::Portable => "portable",
+        }
+    }
+
+    /// The engine of this name, if this processor can run it.
+    pub fn named(name: &str) -> Option<Engine> {
+        Engine::available()
+            .into_iter()
+            .find(|engine| engine.name() == name)
+    }
+
+    /// The engine in use: the fastest, unless [`Engine::set_current`] was called.
+    pub fn current() -> Engine {
+        static AVAILABLE: std::sync::OnceLock<Vec<Engine>> = std::sync::OnceLock::new();
+        AVAILABLE.get_or_init(Engine::available)[CURRENT.load(Ordering::Relaxed)]
+    }
+
+    /// Makes this the engine in use.
+    pub fn set_current(self) {
+        let position = Engine::available().iter().position(|&one| one == self);
+        CURRENT.store(position.unwrap_or(0), Ordering::Relaxed);
+    }
+
+    pub(crate) fn kind(self) -> Kind {
+        self.0
+    }
+
+    /// Whether lanes go one after another, so that there is nothing to gain from lining messages up.
+    fn is_one_by_one(self) -> bool {
+        #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+        return self.0 == Kind::Sha;
+        #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+        return false;
     }
 
     /// Compresses one block into the state of every lane.
@@ -254,7 +296,8 @@ impl Engine {
             // SAFETY: an `Engine` of this kind is made only after the processor was seen to have AVX2.
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2 => unsafe { compress_avx2(state, block) },
-            Kind::OneByOne => compress_one_by_one(state, block),
+            #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+            Kind::Sha => compress_one_by_one(state, block),
             Kind::Portable => compress_portable(state, block),
         }
     }
@@ -268,7 +311,7 @@ impl Engine {
         mut visit: impl FnMut(usize, [u32; 8]),
     ) {
         // Lanes are filled by whole words, so the messages must begin at one.
-        if self.0 == Kind::OneByOne || !prefix.len().is_multiple_of(4) {
+        if self.is_one_by_one() || !prefix.len().is_multiple_of(4) {
             let start = Sha256::new_with_prefix(prefix);
             for (i, message) in messages.iter().enumerate() {
                 visit(
@@ -423,13 +466,13 @@ mod tests {
         let mut state = INITIAL.map(|word| [word; LANES]);
         let mut other = state;
         Engine(Kind::Portable).compress(&mut state, &block);
-        Engine(Kind::OneByOne).compress(&mut other, &block);
+        compress_one_by_one(&mut other, &block);
         assert_eq!(state, other);
     }
 
     #[test]
     fn test_no_messages_no_digests() {
-        Engine::best().digest_all(b"seed", &[], |_, _| panic!("a digest of no message"));
+        Engine::current().digest_all(b"seed", &[], |_, _| panic!("a digest of no message"));
     }
 
     #[test]
