@@ -23,6 +23,8 @@ __all__ = ["FIRST_HEIGHT", "ImaginaryBitcoin", "made_transactions", "tip_hash"]
 
 #: Weight units that Bitcoin Core puts into a template: the limit without what it keeps for the coinbase.
 FILLED_WEIGHT: Final = 3_992_000
+#: Transactions that fill a block.
+FULL_COUNT: Final = 4_000
 #: Bytes of a transaction, and how much of it is witness where there is any.
 SIZES: Final = (150, 2_000)
 WITNESS: Final = 0.45
@@ -44,7 +46,8 @@ def tip_hash(number: int) -> bytes:
 def made_transactions(count: int, seed: int) -> list[dict[str, Any]]:
     """Transactions as ``getblocktemplate`` has them: best paying first, parents before children, in chains.
 
-    Nothing but sizes, weights, fees and dependencies is as in real life; 4,000 of them fill a block.
+    Nothing but sizes, weights, fees and dependencies is as in real life; 4,000 of them fill a block. Fewer pay as much
+    together, so that they are worth new work to a node whatever it has given its miners before.
 
     Args:
         count: of transactions.
@@ -53,7 +56,7 @@ def made_transactions(count: int, seed: int) -> list[dict[str, Any]]:
     chance = random.Random(seed)
     wished = [chance.expovariate(1.0) for _ in range(count)]
     is_segwit = [chance.random() < 0.95 for _ in range(count)]
-    limit = min(FILLED_WEIGHT, FILLED_WEIGHT * count // 4_000)
+    limit = min(FILLED_WEIGHT, FILLED_WEIGHT * count // FULL_COUNT)
     least, most = SIZES
     mean = 300.0
     while True:
@@ -85,7 +88,7 @@ def made_transactions(count: int, seed: int) -> list[dict[str, Any]]:
                 "txid": sha256d(data[:-1])[::-1].hex(),
                 "hash": sha256d(data if is_segwit[position - 1] else data[:-1])[::-1].hex(),
                 "depends": depends,
-                "fee": int(rate * weight / 4),
+                "fee": int(rate * weight / 4 * max(1.0, FULL_COUNT / count)),
                 "sigops": chance.choice((1, 1, 2, 4, 8)),
                 "weight": weight,
             }

@@ -333,9 +333,11 @@ def _bare_broadcast(rounds: int, sizes: Sequence[int], count: Callable[[], None]
     listener = open_listeners("127.0.0.1", 0)[0]
     with ExitStack() as stack:
         stack.enter_context(listener)
-        listener.setblocking(True)
+        listener.settimeout(PATIENCE_S)
         miners = stack.enter_context(_process("miners", *listener.getsockname()[:2], len(sizes), 0))
         sockets = [stack.enter_context(listener.accept()[0]) for _ in sizes]
+        for one in sockets:
+            one.settimeout(PATIENCE_S)
 
         def send_all(wanted: str) -> float:
             lines = [b'{"id":null,"method":"mining.notify","params":["1","%b"' % wanted.encode() for _ in sizes]

@@ -296,7 +296,7 @@ class Seen:
 
     async def _follow_tip(self, nodes: Sequence[Bitcoin]) -> None:
         while True:
-            for node in nodes:
+            for node in reversed(nodes):  # the last one is never away
                 if node.is_up:
                     try:
                         self.tip = await node.do(lambda one: one.tip())
@@ -446,14 +446,23 @@ async def restart(used: Pool, *, kill: bool) -> None:
     await used.nodes[0].stop(kill=kill)
     await trio.sleep(AWAY_S)
     await used.nodes[0].start()
-    if kill:
-        first, other = (node.node for node in used.nodes)
-        assert isinstance(first, FullNode)
-        assert isinstance(other, FullNode)
-        address = f"{HOST}:{other.peer_port}"
-        await used.nodes[0].do(lambda _: first.rpc("addnode", address, "onetry"))
+    await reconnect(used)
     await used.until_block()
     await used.until_current()
+
+
+async def reconnect(used: Pool) -> None:
+    """Have a node that was started again find the other one, if there is one, as it would in time."""
+    first, *others = (one.node for one in used.nodes)
+    for other in others:
+        if isinstance(first, FullNode) and isinstance(other, FullNode):
+            place = f"{HOST}:{other.peer_port}"
+            await used.nodes[0].do(partial(_add_peer, place=place))
+
+
+def _add_peer(node: EmbeddedNode | FullNode, place: str) -> None:
+    assert isinstance(node, FullNode)
+    node.rpc("addnode", place, "onetry")
 
 
 async def slow(used: Pool) -> None:
@@ -496,6 +505,7 @@ async def failover(used: Pool, *, kill: bool) -> None:
     await used.end_of(tip)
     await trio.sleep(AWAY_S / 2)
     await used.nodes[0].start()
+    await reconnect(used)
     await used.until_block()
     await used.until_current()
 

@@ -45,6 +45,7 @@ def test_four_thousand_made_transactions_fill_a_block() -> None:
 
 def test_made_transactions_are_the_same_each_time_and_others_for_another_seed() -> None:
     assert made_transactions(20, seed=1) == made_transactions(20, seed=1)
+    assert sum(entry["fee"] for entry in made_transactions(20, seed=1)) > 5_000_000
     ids = {entry["txid"] for seed in (1, 2) for entry in made_transactions(20, seed)}
     assert len(ids) == 40
 
@@ -127,7 +128,7 @@ def test_more_files_than_the_system_allows_are_a_clear_error() -> None:
 
 def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
     code = "from p2pool.cli import main; main()"
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=100)
 
 
 @pytest.mark.slow
