@@ -56,8 +56,8 @@ TEMPLATE_INTERVAL_S: Final = 10.0
 TEMPLATE_AGE_S: Final = 30.0
 #: A newer template is worth new jobs if it pays more by one part in so many.
 WORTH: Final = 100
-#: Seconds that miners may be left on a block that is no longer the last, while the Bitcoin node makes a template. Longer
-#: than to read a full one takes: new work for every miner in that moment would only delay it.
+#: Seconds that miners may be left on a block that is no longer the last, while the Bitcoin node makes a template.
+#: Longer than to read a full one takes: new work for every miner in that moment would only delay it.
 BRIDGE_S: Final = 1.0
 #: Seconds of empty blocks after which the operator is told.
 EMPTY_S: Final = 5.0

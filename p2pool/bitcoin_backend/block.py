@@ -74,6 +74,9 @@ def read_block(raw: bytes) -> BitcoinBlock:
         raise ConfigError(f"these {len(raw):,} bytes are no Bitcoin block: {error}") from None
     if raw[80:] != written or not transactions or not transactions[0].is_coinbase():
         raise ConfigError(f"these {len(raw):,} bytes are not exactly one Bitcoin block")
+    txids = tuple(one.GetTxid() for one in transactions)
+    if len(set(txids)) < len(txids):  # the same merkle root as without the second: CVE-2012-2459
+        raise ConfigError(f"these {len(raw):,} bytes are no Bitcoin block: a transaction is there twice")
     coinbase = transactions[0]
     witness = [item for each in coinbase.wit.vtxinwit for item in each.scriptWitness.stack]
     return BitcoinBlock(
@@ -82,7 +85,7 @@ def read_block(raw: bytes) -> BitcoinBlock:
         coinbase_script=bytes(coinbase.vin[0].scriptSig),
         outputs=tuple((bytes(output.scriptPubKey), output.nValue) for output in coinbase.vout),
         reserved=witness[0] if len(witness) == 1 and len(witness[0]) == 32 else None,
-        txids=tuple(one.GetTxid() for one in transactions),
+        txids=txids,
         wtxids=tuple(one.GetHash() for one in transactions),
     )
 

@@ -121,6 +121,8 @@ class RpcBackend:
         facts = await self.header_facts(template.previous_block_hash)
         if facts is None:
             return template
+        if template.height != facts.height + 1:
+            raise BackendError(f"{self.nodes.active.name}: getblocktemplate: block {template.height} on {facts.height}")
         if template.bits != (wanted := facts.bits_at(template.time)) and "bits" not in self._warned:
             self._warned.add("bits")
             logger.error(

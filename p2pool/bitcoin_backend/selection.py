@@ -110,6 +110,8 @@ def read_template(
     proposed = [
         _read_transaction(entry, position) for position, entry in enumerate(_list(template, "transactions", ""))
     ]
+    if len({transaction.txid for transaction in proposed}) < len(proposed):
+        raise BackendError("getblocktemplate: transactions: one is there twice")
     commitment = _read_commitment(template)
     coinbase_value = _integer(template, "coinbasevalue", "", 0, MAX_MONEY)
     fees = sum(transaction.fee for transaction in proposed)

@@ -543,6 +543,8 @@ def test_a_block_is_read_as_bytes_and_as_the_text_that_bitcoin_cli_prints() -> N
     for wrong in (raw[:-1], raw + b"\x00", raw[:81], raw[:80] + b"\x00", raw[:80], b"", b"no block", raw[:80] * 2):
         with pytest.raises(ConfigError, match="Bitcoin block"):
             read_block(wrong)
+    with pytest.raises(ConfigError, match="a transaction is there twice"):
+        read_block(assembled(share, outputs_in(share, chain), [*SPENDS, SPENDS[-1]]))
 
 
 @pytest.mark.slow

@@ -896,3 +896,11 @@ def test_bitcoin_accepts_the_largest_coinbase_in_a_block_filled_to_the_last_unit
     assert len(template.transactions) == 4
     assert backend.submit_block_now(block) == SubmitResult(accepted=True)
     backend.close()
+
+
+def test_a_transaction_that_is_there_twice_is_refused() -> None:
+    result = core_template()
+    rows = result["transactions"]
+    assert isinstance(rows, list)
+    with pytest.raises(BackendError, match="one is there twice"):
+        read(changed(result, "transactions", [*rows, rows[-1]]))
