@@ -515,8 +515,8 @@ def _of_no_share(audit: BlockAudit, chain: Sharechain, block: BitcoinBlock) -> B
         return replace(audit, verdict="not to be judged", text=text)
     text = (
         f"it carries {kind}, but no share of the sharechain here ({audit.network}) is this block. Either it is of "
-        f"another share network, or it breaks our rules (on test networks a block may have less work than a share needs), "
-        f"or this node never got the share; {said}"
+        "another share network, or it breaks our rules (on test networks a block may have less work than a share), or "
+        f"this node never got the share; {said}"
     )
     return replace(audit, verdict="not of this pool", text=text)
 
