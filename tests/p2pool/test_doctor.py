@@ -282,11 +282,12 @@ async def test_too_little_room_for_the_coinbase_says_what_is_lost_and_the_settin
 async def test_the_setting_that_is_advised_leaves_room_enough(kernel: KernelBackend) -> None:
     async with fake(kernel) as core:
         (node,) = await ask(core.endpoint)
-    rows = [entry_of(b"\1" * 1_250, b"\1" * 1_250, fee=1) for _ in range(787)]  # all that 4,000,000 - 65,000 takes
+    parts = [number.to_bytes(2, "big") * 625 for number in range(788)]
+    *rows, extra = [entry_of(part, part, fee=1) for part in parts]  # all that 4,000,000 - 65,000 takes, and one more
     template = node["getblocktemplate"].table | {"transactions": rows}
     del template["default_witness_commitment"]
     assert levels(judge_nodes([with_result(node, "getblocktemplate", template)], REGTEST)) == {}
-    template["transactions"] = [*rows, rows[0]]
+    template["transactions"] = [*rows, extra]
     assert levels(judge_nodes([with_result(node, "getblocktemplate", template)], REGTEST)) == {
         "coinbase room": "warning"
     }

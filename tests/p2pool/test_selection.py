@@ -422,8 +422,8 @@ def test_no_room_for_a_coinbase_is_an_error() -> None:
 @pytest.mark.parametrize("count", [252, 253])
 def test_the_count_of_transactions_weighs_what_it_takes(count: int) -> None:
     """With the coinbase 252 transactions are counted in one byte, 253 in three."""
-    raw, plain = transaction_of(sources=[(bytes(32), 0)], values=[1])
-    transactions = [entry_of(raw, plain, fee=1)] * (count - 1)
+    parts = [transaction_of(sources=[(bytes(32), index)], values=[1]) for index in range(count - 1)]
+    transactions = [entry_of(raw, plain, fee=1) for raw, plain in parts]
     total = sum(entry["weight"] for entry in transactions)
     commitment = "6a24aa21a9ed" + witness_commitment_of(wtxids_of(transactions)).hex()
     result = core_template(transactions=transactions, default_witness_commitment=commitment)

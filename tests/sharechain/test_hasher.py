@@ -358,8 +358,10 @@ def header_of(job: dict[str, Any], find: Any) -> bytes:
 def drain(scanner: Any, hashes: int) -> list[Any]:
     """All that is found until so many nonces are tried."""
     finds: list[Any] = []
-    while scanner.hashes < hashes or (more := scanner.wait(1)):
-        finds += scanner.wait(50) if scanner.hashes < hashes else more
+    while scanner.hashes < hashes:
+        finds += scanner.wait(50)
+    while more := scanner.wait(20):
+        finds += more
     return finds
 
 
