@@ -1,8 +1,8 @@
 """Many real nodes as processes on loopback, each with its own Bitcoin, database and miners: run, kill, or cut in two.
 
-    python tests/bench/nodes.py run --nodes 5 --minutes 10 --period 1000
-    python tests/bench/nodes.py kill --nodes 5 --minutes 10 --every 10
-    python tests/bench/nodes.py cut --nodes 5 --seconds 60
+    python -m tests.bench.nodes run --nodes 5 --minutes 10 --period 1000
+    python -m tests.bench.nodes kill --nodes 5 --minutes 10 --every 10
+    python -m tests.bench.nodes cut --nodes 5 --seconds 60
 
 ``run`` lets them mine and tells share, uncle and orphan rates, how long shares take from node to node, CPU and memory.
 ``kill`` kills a random node with SIGKILL again and again, and starts it again. ``cut`` cuts all connections between two
