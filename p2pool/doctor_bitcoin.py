@@ -18,7 +18,7 @@ import trio
 
 from p2pool.bitcoin_backend.headers import CHAIN_RULES, MAX_FUTURE_S, network_of
 from p2pool.bitcoin_backend.jsonrpc import Endpoint, RpcClient
-from p2pool.bitcoin_backend.nodes import MIN_VERSION, NOT_READY, STUCK_S, UNKNOWN_METHOD, unhex
+from p2pool.bitcoin_backend.nodes import MIN_VERSION, NOT_READY, STUCK_S, unhex
 from p2pool.bitcoin_backend.selection import WEIGHT_LIMIT, coinbase_reserve, read_template
 from p2pool.errors import BackendError, BackendRefusal, ConfigError
 from p2pool.finding import Finding, ok, problem, warning
@@ -44,6 +44,8 @@ _OPEN_CHALLENGE: Final = "51"
 _MISC: Final = -1
 _INVALID_PARAMETER: Final = -8
 _FORBIDDEN: Final = 403
+#: JSON-RPC's code for a method that is not there.
+_UNKNOWN_METHOD: Final = -32601
 _UNKNOWN_BLOCK: Final = "00" * 32
 
 
@@ -75,7 +77,7 @@ class Answer:
         if not isinstance(self.error, BackendRefusal):
             return False
         is_unimplemented = self.error.code == _MISC and "unimplemented" in self.error.message.lower()  # btcd
-        return is_unimplemented or self.error.code in (UNKNOWN_METHOD, _FORBIDDEN)
+        return is_unimplemented or self.error.code in (_UNKNOWN_METHOD, _FORBIDDEN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

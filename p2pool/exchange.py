@@ -44,7 +44,8 @@ class BlockExchange:
 
     Mutable fields: ``network`` (set once, None for a node that is alone), ``_relay``, ``_tip_facts`` (of the block that
     the newest template builds on) and ``_relayed`` (blocks of other nodes that Bitcoin has not answered yet, None once
-    they were passed on, and who brought them); ``_behind`` and ``_behind_since``: that our Bitcoin is behind theirs.
+    they were passed on, and who brought them); ``_behind`` and ``_behind_since``: that our Bitcoin is behind theirs;
+    ``_header_lookups``: one at a time.
     """
 
     def __init__(self, *, backend: BitcoinBackend, submitter: BlockSubmitter, on_news: Callable[[], None]) -> None:

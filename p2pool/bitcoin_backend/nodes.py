@@ -49,8 +49,6 @@ AVOID_S: Final = 60.0
 MAX_AVOID_S: Final = 3_600.0
 #: Blocks that a node is given at once: they use half of the connections to it.
 MAX_SUBMISSIONS: Final = 4
-#: JSON-RPC's code for a method that is not there.
-UNKNOWN_METHOD: Final = -32601
 #: What Bitcoin Core says when it has no work to give: not connected, in initial block download.
 NOT_READY: Final = (-9, -10)
 #: Refusals that concern us or the node, not the question: another node may answer.

@@ -55,8 +55,6 @@ MAX_FACTS: Final = 20_000
 MAX_RAW: Final = 1_000
 #: Headers that are walked down one by one at most: a branch off the best chain, or a Bitcoin node without the latter.
 MAX_WALK: Final = 2_100
-#: A Bitcoin node that is so many blocks past one that it does not have will not get it any more.
-CATCH_UP_BLOCKS: Final = 6
 #: JSON-RPC error codes of Bitcoin Core.
 _MISC: Final = -1
 _INVALID_PARAMETER: Final = -8
@@ -186,10 +184,7 @@ class RpcBackend:
             if isinstance(answer, SubmitResult):
                 level, said = logging.INFO, answer.reason or "accepted"
             logger.log(level, "block %s: %s says: %s", block_hash[::-1].hex(), node.name, said)
-        verdict = _verdict([answers[node] for node in self.nodes.nodes if node in answers])
-        if verdict.reason == "prev-blk-not-found" and self._is_catching_up(raw[4:36]):
-            raise BackendError("the Bitcoin node lost the block before it in a crash, and is to get it again")
-        return verdict
+        return _verdict([answers[node] for node in self.nodes.nodes if node in answers])
 
     async def tip(self) -> HeaderFacts:
         """See `BitcoinBackend`."""
@@ -282,16 +277,6 @@ class RpcBackend:
         return True
 
     # Inside: the chain of one node.
-
-    def _is_catching_up(self, parent: bytes) -> bool:
-        """Whether a block is not known to the nodes that one of them did know.
-
-        After a crash Bitcoin Core begins with what it last wrote, up to an hour before, and gets the rest from others.
-        """
-        facts = self._facts.get(parent)
-        if facts is None or (parent in self._raw and parent not in self._pool_blocks):
-            return False
-        return max(node.height for node in self.nodes.nodes) < facts.height + CATCH_UP_BLOCKS
 
     async def _read_template(self, node: NodeState) -> BlockTemplate:
         """A node's template, with room for the largest coinbase."""

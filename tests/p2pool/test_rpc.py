@@ -909,29 +909,6 @@ async def test_a_node_is_asked_to_prefer_our_block_to_another_of_its_height(kern
         assert (await backend.submit_block(third)).reason == "inconclusive"
 
 
-async def test_a_block_on_what_a_node_lost_in_a_crash_is_submitted_again(
-    kernel: KernelBackend, clock: MockClock
-) -> None:
-    async with open_fake_core(kernel) as core, connected(core.endpoint) as backend:
-        await backend.submit_block(build_block(kernel.block_template_now()))
-        await backend.tip()
-        block = build_block(kernel.block_template_now())
-        answer(core, "submitblock", lambda *_: "prev-blk-not-found")
-        with pytest.raises(BackendError, match="lost the block before it in a crash"):
-            await backend.submit_block(block)
-        at_height(core, 7)  # of another branch: it will not get it
-        await pass_time(clock, WATCH_INTERVAL_S)
-        assert (await backend.submit_block(block)).reason == "prev-blk-not-found"
-        # A parent that only other nodes of the pool have.
-        header = build_block(kernel.block_template_now(), extra=b"theirs")[:80]
-        at_height(core, 1)
-        await pass_time(clock, WATCH_INTERVAL_S)
-        assert await backend.learn_header(header)
-        assert await backend.header_facts(hash_of(header)) is not None
-        child = build_block(on(kernel.block_template_now(), hash_of(header), 3))
-        assert (await backend.submit_block(child)).reason == "prev-blk-not-found"
-
-
 async def test_a_block_twice_is_a_duplicate(kernel: KernelBackend) -> None:
     async with two(kernel) as (backend, _, second):
         block = build_block(kernel.block_template_now())
